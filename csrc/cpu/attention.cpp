@@ -1,0 +1,303 @@
+#include "pop/attention.h"
+
+#include <vector>
+
+#include "cpu/head.h"
+
+namespace pop::cpu::POP_ISA {
+namespace {
+
+// Flash attention on the main loop of gemm.h. A task is some query tokens of a sequence with one key/value head; its
+// rows are those tokens' query heads of the group, so that keys and values, packed once per task, serve them all. Keys
+// pass by in blocks: scores of six rows, their running softmax, and the weighted values, all in cache. With few queries
+// (decode) a task takes all heads, so that the cache is read as it lies, one block ahead; and where tasks are fewer
+// than threads would have, they share the context out.
+
+constexpr int64_t kTaskRows = 384;
+constexpr int64_t kBlockKeys = 256, kBlockKeysAllHeads = 64;
+constexpr int64_t kMinSplitKeys = 128;
+
+struct Task {
+  int64_t sequence, first_head, heads, first_query, queries;  // queries count from the sequence's first
+  int64_t first_key, last_key;                                // what any of its queries may see, [first, last)
+};
+
+/// Softmax state of rows: the running maximum, the lane-wise sums, and the weighted sum of values.
+struct Partial {
+  float *maximum, *sums, *values;
+  int64_t value_stride;
+  static int64_t floats(int64_t rows, int64_t value_stride) { return rows * (1 + kLanes + value_stride); }
+  Partial(float* data, int64_t rows, int64_t stride)
+      : maximum(data), sums(data + rows), values(data + rows * (1 + kLanes)), value_stride(stride) {}
+  void advance(int64_t rows) { maximum += rows, sums += rows * kLanes, values += rows * value_stride; }
+};
+
+constexpr float kInfinity = __builtin_inff();
+
+/// panel[pair of keys][e] = {rows[2 i][e], rows[2 i + 1][e]} (or panel[key][e] for floats): values as a factor of
+/// probabilities.
+template <typename T>
+void pack_values(const T* const* rows, int keys, int64_t size, float* panel, int64_t panel_stride) {
+  for (int key = 0; key < keys; key += kPerLane<T>, panel += panel_stride) {
+    for_each_vector(size, [&](int64_t e, auto n) {
+      Vec v;
+      if constexpr (kPerLane<T> == 2) {
+        const Int even = bit_cast<Int>(load(rows[key] + e, n));  // a bf16 is the upper half of its float
+        const Int odd = key + 1 < keys ? bit_cast<Int>(load(rows[key + 1] + e, n)) : Int{};
+        v = bit_cast<Vec>(((even >> 16) & 0xffff) | odd);
+      } else {
+        v = load(rows[key] + e, n);
+      }
+      store(panel + e, v);
+    });
+  }
+}
+
+template <typename T>
+class Kernel {
+ public:
+  explicit Kernel(const Attention& p)
+      : p_(p),
+        size_(p.key_cache.head_size),
+        group_(p.query_heads / p.key_cache.heads),
+        key_lanes_(lanes_of<T>(size_)),
+        value_stride_(round_up(size_, kTileColumns)) {}
+
+  void run(const Threads& threads) {
+    const std::vector<Task> tasks = plan();
+    int64_t longest = 0, most_rows = 0;
+    for (const Task& task : tasks) {
+      longest = std::max(longest, task.last_key - task.first_key);
+      most_rows = std::max(most_rows, rows_of(task));
+    }
+    const int64_t count = tasks.size(), wanted = threads.count > 1 ? 4 * threads.count : 1;
+    const int64_t splits =
+        std::clamp<int64_t>(wanted / std::max<int64_t>(1, count), 1, std::max<int64_t>(1, longest / kMinSplitKeys));
+    if (splits == 1) {
+      parallel_for(threads, count, [&](int64_t i) {
+        struct Tag;
+        Partial partial(scratch<Tag, float>(Partial::floats(most_rows, value_stride_)), rows_of(tasks[i]),
+                        value_stride_);
+        accumulate(tasks[i], tasks[i].first_key, tasks[i].last_key, partial);
+        finish(tasks[i], &partial, 1);
+      });
+      return;
+    }
+    const int64_t floats = round_up(Partial::floats(most_rows, value_stride_), 16);
+    std::unique_ptr<float[]> workspace(new float[count * splits * floats]);
+    const auto partial = [&](int64_t i, int64_t split) {
+      return Partial(workspace.get() + (i * splits + split) * floats, rows_of(tasks[i]), value_stride_);
+    };
+    parallel_for(threads, count * splits, [&](int64_t item) {
+      const Task& task = tasks[item / splits];
+      const int64_t keys = round_up((task.last_key - task.first_key + splits - 1) / splits, kLanes);
+      const int64_t first = std::min(task.last_key, task.first_key + item % splits * keys);
+      accumulate(task, first, std::min(first + keys, task.last_key), partial(item / splits, item % splits));
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      std::vector<Partial> parts;
+      for (int64_t split = 0; split < splits; ++split) parts.push_back(partial(i, split));
+      finish(tasks[i], parts.data(), splits);
+    }
+  }
+
+ private:
+  std::vector<Task> plan() const {
+    std::vector<Task> tasks;
+    const int64_t step = std::max<int64_t>(1, kTaskRows / group_);
+    for (int64_t s = 0; s < p_.sequences; ++s) {
+      const int64_t queries = p_.query_starts[s + 1] - p_.query_starts[s], context = p_.context_lens[s];
+      const int64_t heads = queries * p_.query_heads <= kTaskRows ? p_.key_cache.heads : 1;
+      for (int64_t first = (queries - 1) / step * step; queries > 0 && first >= 0;
+           first -= step) {  // the longest first
+        const int64_t count = std::min(step, queries - first), position = context - queries + first;
+        const int64_t first_key = p_.window > 0 ? std::max<int64_t>(0, position - p_.window + 1) : 0;
+        const int64_t last_key = p_.spans ? context : position + count;
+        for (int64_t head = 0; head < p_.key_cache.heads; head += heads)
+          tasks.push_back({s, head, heads, first, count, first_key, last_key});
+      }
+    }
+    return tasks;
+  }
+
+  int64_t rows_of(const Task& task) const { return task.heads * task.queries * group_; }
+
+  /// rows[j] = where key (or value) first + j of a head lies.
+  void locate(const PagedCache& cache, const Task& task, int64_t head, int64_t first, int count, const T** rows) const {
+    const int32_t* table = p_.block_tables + task.sequence * p_.block_table_stride;
+    const T* data = static_cast<const T*>(cache.data) + head * cache.head_stride;
+    int64_t block = first / cache.block_size, offset = first % cache.block_size;
+    for (int j = 0; j < count; ++block, offset = 0) {
+      const T* from = data + table[block] * cache.block_stride;
+      for (; j < count && offset < cache.block_size; ++j, ++offset) rows[j] = from + offset * cache.token_stride;
+    }
+  }
+
+  void prefetch(const PagedCache& cache, const Task& task, int64_t first, int count) const {
+    const T* rows[kBlockKeys];
+    locate(cache, task, task.first_head, first, count, rows);
+    for (int j = 0; j < count; ++j)
+      for (int64_t h = 0; h < task.heads; ++h)
+        for (int64_t e = 0; e < size_; e += 64 / sizeof(T)) __builtin_prefetch(rows[j] + h * cache.head_stride + e);
+  }
+
+  void accumulate(const Task& task, int64_t first_key, int64_t last_key, Partial state) const {
+    struct QueryTag;
+    struct KeyTag;
+    struct ValueTag;
+    const int64_t rows = rows_of(task), head_rows = task.queries * group_, query_stride = key_lanes_ * kPerLane<T>;
+    Factor<T>* query = scratch<QueryTag, Factor<T>>(rows * query_stride);
+    gather_queries(task, query, query_stride);
+    std::fill_n(state.maximum, rows, -kInfinity);
+    std::fill_n(state.sums, rows * kLanes, 0.0f);
+    std::fill_n(state.values, rows * value_stride_, 0.0f);
+
+    float* keys = scratch<KeyTag, float>(kBlockKeys * key_lanes_);
+    float* values = scratch<ValueTag, float>(value_stride_ * lanes_of<T>(kBlockKeys));
+    const int64_t value_lanes = lanes_of<T>(kBlockKeys);
+    const int64_t block = task.heads > 1 ? kBlockKeysAllHeads : kBlockKeys;
+    const auto keys_from = [&](int64_t key) { return static_cast<int>(std::clamp<int64_t>(last_key - key, 0, block)); };
+    const auto prefetch_from = [&](int64_t key) {
+      prefetch(p_.key_cache, task, key, keys_from(key));
+      prefetch(p_.value_cache, task, key, keys_from(key));
+    };
+    prefetch_from(first_key);
+    for (int64_t key = first_key; key < last_key; key += block) {
+      const int count = keys_from(key);
+      if (key + block < last_key) prefetch_from(key + block);
+      Partial head_state = state;
+      for (int64_t h = 0; h < task.heads; ++h, head_state.advance(head_rows)) {
+        const T* row[kBlockKeys];
+        locate(p_.key_cache, task, task.first_head + h, key, count, row);
+        for (int j = 0; j < count; j += kTileColumns)
+          pack_panel<T>(row + j, std::min(kTileColumns, count - j), size_, keys + j * key_lanes_, kTileColumns);
+        locate(p_.value_cache, task, task.first_head + h, key, count, row);
+        for (int64_t e = 0; e < size_; e += kTileColumns) {
+          pack_values<T>(row, count, std::min<int64_t>(kTileColumns, size_ - e), values + e * value_lanes,
+                         kTileColumns);
+          for (int j = 0; j < count; ++j) row[j] += kTileColumns;
+        }
+        for (int64_t r = 0; r < head_rows; r += kTileRows)
+          step(task, head_state, r, static_cast<int>(std::min<int64_t>(kTileRows, head_rows - r)),
+               query + (h * head_rows + r) * query_stride, query_stride, key, count, keys, values, value_lanes);
+      }
+    }
+  }
+
+  /// Row r of a task: the token's index among all queries, and its query head.
+  std::pair<int64_t, int64_t> locate_row(const Task& task, int64_t r) const {
+    const int64_t head_rows = task.queries * group_, in_head = r % head_rows;
+    return {p_.query_starts[task.sequence] + task.first_query + in_head / group_,
+            (task.first_head + r / head_rows) * group_ + in_head % group_};
+  }
+
+  void gather_queries(const Task& task, Factor<T>* to, int64_t stride) const {
+    for (int64_t r = 0; r < rows_of(task); ++r, to += stride) {
+      const auto [token, head] = locate_row(task, r);
+      const T* from = static_cast<const T*>(p_.query) + token * p_.query_token_stride + head * p_.query_head_stride;
+      if constexpr (std::is_same_v<T, Factor<T>>) {
+        std::memcpy(to, from, size_ * sizeof(T));
+        if (size_ % kPerLane<T>) to[size_] = {};
+      } else {
+        for_each_vector(size_, [&](int64_t i, auto n) { store(to + i, load(from + i, n), n); });
+      }
+    }
+  }
+
+  /// Rows [r, r + count) of one head meet keys [key, key + keys).
+  void step(const Task& task, Partial state, int64_t r, int count, const Factor<T>* query, int64_t query_stride,
+            int64_t key, int keys, const float* key_panels, const float* value_panels, int64_t value_lanes) const {
+    const int64_t base = p_.context_lens[task.sequence] -
+                         (p_.query_starts[task.sequence + 1] - p_.query_starts[task.sequence]) + task.first_query;
+    const int64_t first = base + r / group_, last = base + (r + count - 1) / group_;  // positions of the rows
+    if (!p_.spans) keys = static_cast<int>(std::min<int64_t>(keys, last - key + 1));
+    if (keys <= 0 || (p_.window > 0 && key + keys - 1 <= first - p_.window)) return;
+
+    alignas(64) float scores[kTileRows * kBlockKeys];
+    alignas(64) Factor<T> weights[kTileRows * kBlockKeys];
+    for (int j = 0; j < keys; j += kTileColumns)
+      multiply_tile<T>(count, std::min(kTileColumns, keys - j), query, query_stride, key_panels + j * key_lanes_,
+                       kTileColumns, key_lanes_, nullptr, scores + j, kBlockKeys);
+    const bool all_visible =
+        !p_.spans && keys % kLanes == 0 && key + keys - 1 <= first && (p_.window == 0 || key > last - p_.window);
+    // The rows' new maxima, and how much what they have so far shrinks by them.
+    const float scale = p_.scale * kLog2E;
+    alignas(64) float maxima[kTileRows], alpha[round_up(kTileRows, kLanes)] = {};
+    for (int i = 0; i < count; ++i) {
+      float* score = scores + i * kBlockKeys;
+      if (!all_visible) mask(task, base + (r + i) / group_, key, keys, score);
+      Vec top = load(score);
+      for (int j = kLanes; j < keys; j += kLanes) top = max(top, load(score + j));
+      const float before = state.maximum[r + i], maximum = std::max(before, reduce_max(top));
+      state.maximum[r + i] = maximum;
+      maxima[i] = maximum == -kInfinity ? 0.0f : maximum;
+      alpha[i] = (before - maxima[i]) * scale;
+    }
+    for (int i = 0; i < count; i += kLanes) store(alpha + i, exp2(load(alpha + i)));
+    for (int i = 0; i < count; ++i) {
+      const float* score = scores + i * kBlockKeys;
+      Vec sum = load(state.sums + (r + i) * kLanes) * alpha[i];
+      for (int j = 0; j < keys; j += kLanes) {
+        const Vec weight = exp2((load(score + j) - maxima[i]) * scale);  // in this order: at the maximum exactly 1
+        sum += weight;
+        store(weights + i * kBlockKeys + j, weight);
+      }
+      store(state.sums + (r + i) * kLanes, sum);
+    }
+    for (int64_t e = 0; e < size_; e += kTileColumns)
+      multiply_tile<T>(count, static_cast<int>(std::min<int64_t>(kTileColumns, size_ - e)), weights, kBlockKeys,
+                       value_panels + e * value_lanes, kTileColumns, lanes_of<T>(keys), alpha,
+                       state.values + r * value_stride_ + e, value_stride_);
+  }
+
+  /// -inf for the keys that the query at `position` does not see, and behind the last key up to a whole vector.
+  void mask(const Task& task, int64_t position, int64_t key, int keys, float* score) const {
+    Int lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    const int32_t* spans = p_.spans ? p_.spans + task.sequence * p_.span_stride : nullptr;
+    const int32_t low = p_.window > 0 ? static_cast<int32_t>(std::max<int64_t>(-1, position - p_.window - key)) : -1;
+    for (int j = 0; j < keys; j += kLanes) {
+      const Int index = lane + j;
+      Int visible = index <= static_cast<int32_t>(position - key);
+      if (spans && spans[position] >= 0) {
+        Int same{};
+        for (int i = 0; i < std::min(kLanes, keys - j); ++i) same[i] = -(spans[key + j + i] == spans[position]);
+        visible |= same;
+      }
+      visible &= (index > low) & (index < keys);
+      store(score + j, select(visible, load(score + j), broadcast(-kInfinity)));
+    }
+  }
+
+  /// Adds up the parts of a task (their maxima may differ) and writes its rows of the output.
+  void finish(const Task& task, Partial* parts, int64_t count) const {
+    for (int64_t r = 0; r < rows_of(task); ++r) {
+      float maximum = -kInfinity, sum = 0;
+      for (int64_t i = 0; i < count; ++i) maximum = std::max(maximum, parts[i].maximum[r]);
+      for (int64_t i = 0; i < count; ++i) {
+        float& weight = parts[i].maximum[r];  // from here on the part's weight
+        weight = exp2(broadcast((weight - maximum) * p_.scale * kLog2E))[0];
+        sum += weight * reduce_add(load(parts[i].sums + r * kLanes));
+      }
+      const auto [token, head] = locate_row(task, r);
+      T* out = static_cast<T*>(p_.out) + (token * p_.query_heads + head) * size_;
+      for_each_vector(size_, [&](int64_t e, auto n) {
+        Vec v{};
+        for (int64_t i = 0; i < count; ++i) v += load(parts[i].values + r * value_stride_ + e, n) * parts[i].maximum[r];
+        store(out + e, v * (1.0f / sum), n);
+      });
+    }
+  }
+
+  const Attention& p_;
+  const int64_t size_, group_, key_lanes_, value_stride_;
+};
+
+}  // namespace
+
+void attention(const Attention& p, const Threads& threads) {
+  if (p.dtype == DType::kFloat32) return Kernel<float>(p).run(threads);
+  Kernel<bf16>(p).run(threads);
+}
+
+}  // namespace pop::cpu::POP_ISA

@@ -1,0 +1,17 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace pop::cpu {
+
+/// Instruction sets that this build has kernels for and this processor runs, the fastest first.
+std::vector<std::string> instruction_sets();
+
+/// The one in use; at first the fastest.
+std::string instruction_set();
+
+/// Chooses another, for tests and comparisons. Throws std::invalid_argument for one that is not in instruction_sets().
+void set_instruction_set(const std::string& name);
+
+}  // namespace pop::cpu

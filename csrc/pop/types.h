@@ -1,0 +1,26 @@
+#pragma once
+
+#include <cstdint>
+
+namespace pop {
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+enum class Activation { kSiLU, kGeluTanh };
+
+/// The caller's thread pool: `run(n, body, context)` calls body(i, context) for i in [0, n), on up to `count` threads,
+/// and waits.
+struct Threads {
+  int count;
+  void (*run)(int n, void (*body)(int i, void* context), void* context);
+};
+
+/// A paged cache of one layer's keys or values, [blocks, block_size, heads, head_size]. Strides count elements; the
+/// last dimension is contiguous. Slot s is token s % block_size of block s / block_size.
+struct PagedCache {
+  void* data;
+  int64_t blocks, block_size, heads, head_size;
+  int64_t block_stride, token_stride, head_stride;
+};
+
+}  // namespace pop

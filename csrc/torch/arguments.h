@@ -1,0 +1,66 @@
+#pragma once
+
+// From torch's tensors to the structs of csrc/pop: every property a kernel relies on and that needs no look into device
+// memory is checked here, for all devices alike. A violation throws a message with the operation, the argument, what it
+// was and what was expected.
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "pop/attention.h"
+#include "pop/gated_linear.h"
+#include "pop/linear.h"
+#include "pop/project_kv.h"
+#include "pop/qkv_project.h"
+#include "pop/rms_norm.h"
+
+namespace pop::arguments {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+/// What a device's kernels take: tensors of `device`, multiplied in any of `dtypes`.
+struct Backend {
+  DeviceType device;
+  bool float32, bfloat16, float16;
+};
+inline constexpr Backend kCpu{DeviceType::CPU, true, true, false};
+
+/// Arguments ready for the kernels, and the output they write to.
+template <typename Struct>
+struct Call {
+  Struct arguments;
+  Tensor output;
+};
+
+Call<RmsNorm> rms_norm(const Backend&, const Tensor& x, const Tensor& weight, double eps,
+                       const OptionalTensor& residual);
+
+Call<Linear> linear(const Backend&, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                    const OptionalTensor& residual, const std::optional<ScalarType>& out_dtype);
+
+Call<GatedLinear> gated_linear(const Backend&, const Tensor& x, const Tensor& gate_up_weight,
+                               const std::string& activation);
+
+Call<QkvProject> qkv_project(const Backend&, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& q_norm, const OptionalTensor& k_norm, double eps, const Tensor& cos,
+                             const Tensor& sin, const Tensor& slots, const Tensor& key_cache,
+                             const Tensor& value_cache);
+
+Call<Attention> attention(const Backend&, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                          const Tensor& block_tables, const Tensor& query_starts, const Tensor& context_lens,
+                          int64_t max_query_len, int64_t max_context_len, double scale, int64_t window,
+                          const OptionalTensor& spans);
+
+ProjectKv project_kv(const Backend&, const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& k_norm, double eps, const Tensor& cos, const Tensor& sin,
+                     const Tensor& rope_index, const Tensor& slots, const Tensor& key_caches,
+                     const Tensor& value_caches);
+
+[[noreturn]] void fail(const std::string& message);
+
+}  // namespace pop::arguments

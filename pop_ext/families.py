@@ -1,0 +1,294 @@
+"""Model families as data: what a `config.json` says of an architecture, in the few fields that the runner needs.
+
+A family is one row of `MODEL_FAMILIES`. It says which terms the architecture has and how transformers spells them in
+config and tensor names; `ModelSpec.from_config` reads a config through that row. Whatever a config asks for that the
+runner does not compute is an error that names it, never a term left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: the terms of an architecture. A bias is True, False, or the config's key that decides."""
+
+    prefix: str = "model."  # of the decoder's tensors in the checkpoint
+    lm_head: str = "lm_head.weight"  # of untied checkpoints
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    qk_norm: bool = False
+    sandwich_norms: bool = False  # a norm after attention and MLP too, before the residual addition
+    norm_offset: float = 0.0  # gain = offset + weight
+    scaled_embedding: bool = False  # embeddings times sqrt(hidden size)
+    activation: str = "hidden_act"  # the config's key
+    windows: str = "none"  # which layers have the config's sliding_window: "none", "all", or those "listed" as sliding
+    rope_per_layer_type: bool = False  # rope_parameters nested by layer type, a rotary embedding for each
+    query_scalar: str | None = None  # key of what replaces the head size in the scale of q.k
+
+
+MODEL_FAMILIES = {
+    "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias"),
+    "mistral": Family(windows="all"),
+    "qwen2": Family(qkv_bias=True, windows="listed"),
+    "qwen3": Family(qkv_bias="attention_bias", output_bias="attention_bias", qk_norm=True, windows="listed"),
+    "gemma3_text": Family(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        sandwich_norms=True,
+        norm_offset=1.0,
+        scaled_embedding=True,
+        activation="hidden_activation",
+        windows="listed",
+        rope_per_layer_type=True,
+        query_scalar="query_pre_attn_scalar",
+    ),
+}
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# Kinds of RoPE whose frequencies are fixed at load time, with the keys that each must have.
+ROPE_TYPES = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
+}
+
+# Smallest and largest value of every number that is read; far beyond any model, well before anything overflows.
+INTEGERS = {
+    "vocab_size": (1, 2**24),
+    "hidden_size": (1, 2**18),
+    "intermediate_size": (1, 2**20),
+    "num_hidden_layers": (1, 2**12),
+    "num_attention_heads": (1, 2**12),
+    "num_key_value_heads": (1, 2**12),
+    "head_dim": (2, 2**12),
+    "max_position_embeddings": (1, 2**31),
+    "original_max_position_embeddings": (1, 2**31),
+    "sliding_window": (1, 2**31),
+    "max_window_layers": (0, 2**31),
+    "sliding_window_pattern": (1, 2**12),
+}
+NUMBERS = {
+    "rms_norm_eps": (1e-30, 1.0),
+    "query_pre_attn_scalar": (1e-6, 1e12),
+}
+ROPE_NUMBERS = {
+    "rope_theta": (1.0, 1e15),
+    "factor": (1e-3, 1e6),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "original_max_position_embeddings": (1, 2**31),
+    "attention_factor": (1e-6, 1e6),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+    "mscale": (1e-6, 1e6),
+    "mscale_all_dim": (0, 1e6),
+}
+BOOLEANS = ("tie_word_embeddings", "attention_bias", "use_sliding_window")
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
+
+# Terms of other architectures. Set to anything but null, false or 0, they change what the model computes.
+UNSUPPORTED = (
+    "mlp_bias",
+    "quantization_config",
+    "compression_config",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
+    "use_mrope",
+    "is_encoder_decoder",
+    "per_layer_config",
+    "_heterogeneity_spec",  # what per_layer_config becomes in a transformers config
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that the runner needs to know of an architecture. Sizes are in elements."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    activation: str  # "silu" | "gelu_tanh"
+    attention_scale: float  # multiplies q.k
+    embedding_scale: float  # 1, or sqrt(hidden size) for Gemma; not rounded to the embeddings' dtype
+    tie_word_embeddings: bool
+    norm_offset: float  # gain = offset + weight; 1 for Gemma
+    qk_norm: bool
+    qkv_bias: bool
+    output_bias: bool
+    sandwich_norms: bool
+    windows: tuple[int, ...]  # per layer: query i sees key j iff i - window < j <= i; 0 is full attention
+    rope_index: tuple[int, ...]  # per layer: which of RotaryEmbedding's rotary embeddings
+
+    @classmethod
+    def from_config(cls, config) -> ModelSpec:
+        """The spec of a transformers config. ValueError names what is out of bounds or not supported."""
+        family = family_of(getattr(config, "model_type", None))
+        values = vars(config)
+        check_numbers(values)
+        check_supported(values)
+        for key in (*REQUIRED, *filter(None, [family.query_scalar])):
+            if values.get(key) is None:
+                raise ValueError(f"{key} is missing")
+
+        def flag(value: bool | str) -> bool:
+            return bool(getattr(config, value, False)) if isinstance(value, str) else value
+
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads is {heads}, not a multiple of num_key_value_heads, {kv_heads}")
+        head_dim = head_size(config)
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}; rotary embeddings need an even number")
+        activation = getattr(config, family.activation, None)
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
+            raise ValueError(f"{family.activation} is {short(activation)}, expected one of {', '.join(ACTIVATIONS)}")
+        types = layer_types(config)
+        ropes = rope_parameters(config)
+        query_scalar = getattr(config, family.query_scalar) if family.query_scalar else head_dim
+        return cls(
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(config.rms_norm_eps),
+            max_position_embeddings=config.max_position_embeddings,
+            activation=ACTIVATIONS[activation],
+            attention_scale=query_scalar**-0.5,
+            embedding_scale=config.hidden_size**0.5 if family.scaled_embedding else 1.0,
+            tie_word_embeddings=config.tie_word_embeddings,
+            norm_offset=family.norm_offset,
+            qk_norm=family.qk_norm,
+            qkv_bias=flag(family.qkv_bias),
+            output_bias=flag(family.output_bias),
+            sandwich_norms=family.sandwich_norms,
+            windows=tuple(config.sliding_window if kind == SLIDING else 0 for kind in types),
+            rope_index=tuple(list(ropes).index(kind) if len(ropes) > 1 else 0 for kind in types),
+        )
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a model_type; ValueError lists the supported ones."""
+    if not isinstance(model_type, str) or model_type not in MODEL_FAMILIES:
+        raise ValueError(f"model_type is {short(model_type)}; supported: {', '.join(MODEL_FAMILIES)}")
+    return MODEL_FAMILIES[model_type]
+
+
+def head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def layer_types(config) -> list[str]:
+    """FULL or SLIDING for each layer. A list where the family has none is an error, unless it says the same."""
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    windows = MODEL_FAMILIES[config.model_type].windows
+    if windows != "listed":
+        one = SLIDING if windows == "all" and window is not None else FULL
+        same = [one] * config.num_hidden_layers
+        if types is not None and types != same:
+            raise ValueError(f"layer_types is {short(types)}; {config.model_type} has {one} in every layer")
+        types = same
+    if not isinstance(types, list) or len(types) != config.num_hidden_layers:
+        raise ValueError(f"layer_types is {short(types)}, expected a list of {config.num_hidden_layers} names")
+    for kind in types:
+        if kind not in (FULL, SLIDING):
+            raise ValueError(f"layer_types has {short(kind)}, expected {FULL} or {SLIDING}")
+    if SLIDING in types and window is None:
+        raise ValueError(f"layer_types has {SLIDING}, but sliding_window is not set (or use_sliding_window is false)")
+    return list(types)
+
+
+def rope_parameters(config) -> dict[str | None, dict]:
+    """The parameters of each rotary embedding, checked, in the order of ModelSpec.rope_index.
+
+    One entry under None, or for a family with RoPE per layer type, one for each type that the layers have.
+    """
+    given = getattr(config, "rope_parameters", None)
+    if not isinstance(given, dict):
+        raise ValueError(f"rope_parameters is {short(given)}, expected a table")
+    if MODEL_FAMILIES[config.model_type].rope_per_layer_type:
+        for key in given:
+            if key not in (FULL, SLIDING):
+                raise ValueError(f"rope_parameters has {short(key)}, expected a table for each of {FULL}, {SLIDING}")
+        found = {kind: given.get(kind) for kind in sorted(set(layer_types(config)))}
+    else:
+        found = {None: given}
+    for kind, parameters in found.items():
+        name = f"rope_parameters[{kind!r}]" if kind else "rope_parameters"
+        if not isinstance(parameters, dict):
+            raise ValueError(f"{name} is {short(parameters)}, expected a table")
+        rope_type = parameters.get("rope_type")
+        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+            raise ValueError(f"{name}: rope_type is {short(rope_type)}; supported: {', '.join(ROPE_TYPES)}")
+        for key, value in parameters.items():
+            # Checkpoints carry numbers of other types of RoPE along, which are not read. What is in no table may
+            # change the positions themselves, as mrope_section does.
+            if key in ROPE_NUMBERS:
+                if value is not None:
+                    check_number(f"{name}: {key}", value, ROPE_NUMBERS[key])
+            elif key == "partial_rotary_factor":
+                if value is not None and value != 1:
+                    raise ValueError(f"{name}: partial_rotary_factor is {short(value)}, expected 1")
+            elif key not in ("rope_type", "type", "truncate"):
+                raise ValueError(f"{name}: {short(key)} is not supported")
+        for key in ROPE_TYPES[rope_type]:
+            if parameters.get(key) is None:
+                raise ValueError(f"{name}: {key} is missing for rope_type {rope_type}")
+    return found
+
+
+def check_numbers(config: dict) -> None:
+    """Type and bounds of every number of a config that is read. What is absent or None is left to others."""
+    for key, bounds in (INTEGERS | NUMBERS).items():
+        if config.get(key) is not None:
+            check_number(key, config[key], bounds, integer=key in INTEGERS)
+    for key in BOOLEANS:
+        if config.get(key) is not None and not isinstance(config[key], bool):
+            raise ValueError(f"{key} is {short(config[key])}, expected true or false")
+
+
+def check_supported(config: dict) -> None:
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise ValueError(f"{key} is {short(config[key])}; only models without it are supported")
+
+
+def check_number(name: str, value, bounds: tuple[float, float], integer: bool = False) -> None:
+    low, high = bounds
+    kinds = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name} is {short(value)}, expected {'an integer' if integer else 'a number'}")
+    if (isinstance(value, float) and not math.isfinite(value)) or not low <= value <= high:
+        raise ValueError(f"{name} is {short(value)}, expected {low} to {high}")
+
+
+def short(value) -> str:
+    """A value for an error message, cut where a hostile file would fill the screen."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list nested as deep
+        text = type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,419 @@
+"""The runner: truncated-depth prefill, projection of the skipped layers' keys and values, boundary recompute, and
+decode.
+
+Every token either goes through all layers (it is *deep*: boundary, anchor and generated tokens) or through the first P
+only (the other prompt tokens). Layers below P see both alike; at layers from P up the deep tokens go on, and attend to
+the keys and values that were projected for the others. So one function, `Model._forward`, is prefill and decode.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+from transformers import AutoTokenizer, GenerationConfig
+
+from .checkpoint import CheckpointError, load_config, load_weights, resolve_folder
+from .families import ModelSpec
+from .generation import GenerationMixin
+from .kv_cache import BLOCK_SIZE, KVCache, Sequence
+from .rope import RotaryEmbedding
+
+pop = torch.ops.pop
+
+DEFAULT_MAX_TOKENS = 32768  # of the cache, where the model's own context is longer
+
+
+@dataclass
+class StageTimes:
+    """Seconds of prefill's three stages; `boundary` includes anchors and the vocabulary projection."""
+
+    truncated_prefill: float = 0.0
+    projection: float = 0.0
+    boundary: float = 0.0
+
+    def add(self, stage: str, since: float) -> float:
+        """Adds the time since `since` to a stage; returns now."""
+        now = time.perf_counter()
+        setattr(self, stage, getattr(self, stage) + now - since)
+        return now
+
+    @property
+    def total(self) -> float:
+        return self.truncated_prefill + self.projection + self.boundary
+
+
+@dataclass
+class Piece:
+    """Tokens [start, end) of one sequence in a forward pass; those in [shallow_start, shallow_end) are not deep."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    shallow_start: int
+    shallow_end: int
+    logits_start: int  # logits are wanted from this position on
+
+    def deep_runs(self) -> list[tuple[int, int]]:
+        low, high = (min(max(p, self.start), self.end) for p in (self.shallow_start, self.shallow_end))
+        runs = [(self.start, low), (high, self.end)] if low < high else [(self.start, self.end)]
+        return [(start, end) for start, end in runs if start < end]
+
+
+class Batch:
+    """What the layers need to know of the tokens in a forward pass: how they turn (RoPE), where they are written, what
+    they may see.
+    """
+
+    def __init__(self, runs: list[tuple[Sequence, int, int]], rope: RotaryEmbedding):
+        """runs: sequence, first and last + 1 position of tokens that follow one another."""
+        tables = [sequence.blocks[: -(-end // BLOCK_SIZE)] for sequence, _, end in runs]
+        width = max(map(len, tables))
+        self.block_tables = torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32)
+        self.query_starts = torch.tensor([0, *accumulate(end - start for _, start, end in runs)], dtype=torch.int32)
+        self.context_lens = torch.tensor([end for _, _, end in runs], dtype=torch.int32)
+        self.max_query_len = max(end - start for _, start, end in runs)
+        self.max_context_len = max(end for _, _, end in runs)
+        positions = torch.cat([torch.arange(start, end) for _, start, end in runs])
+        run = torch.repeat_interleave(self.query_starts.diff())
+        self.slots = self.block_tables[run, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        self.cos, self.sin = rope(positions)  # [ropes, T, E / 2]
+        self.angles = list(zip(self.cos, self.sin, strict=True))
+
+
+class Model(GenerationMixin):
+    """A causal language model with its tokenizer and key/value cache; made by `pop_ext.load`.
+
+    prefill_depth, boundary_tokens and anchor_tokens are the defaults of every call; `chunk_tokens` bounds the prompt
+    tokens of one forward pass, and with it the memory of activations (results do not depend on it). Not for use by
+    several threads at once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prefill_depth,
+        boundary_tokens: int,
+        anchor_tokens: int,
+        dtype: torch.dtype,
+        max_tokens: int | None,
+    ):
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
+        if max_tokens is not None:
+            _check_count("max_tokens", max_tokens, 1)
+        self.config = load_config(folder)
+        self.spec = ModelSpec.from_config(self.config)
+        self.prefill_depth = prefill_depth
+        self.boundary_tokens, self.anchor_tokens, self.chunk_tokens = boundary_tokens, anchor_tokens, 2048
+        self._check_settings()
+        self.layers_kept(prefill_depth)
+        self.dtype, self.device = dtype, torch.device("cpu")
+        self.max_tokens = max_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_TOKENS)
+        self.weights = load_weights(folder, self.spec, dtype)
+        self.rope = RotaryEmbedding(self.config)
+        self.rope_index = torch.tensor(self.spec.rope_index, dtype=torch.int32)
+        self.k_norms = torch.stack([layer.k_norm for layer in self.weights.layers]) if self.spec.qk_norm else None
+        self.tokenizer = _load_tokenizer(folder)
+        self.generation_config = _load_generation_config(folder, self.config)
+        self.cache = KVCache(self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, self.max_tokens, dtype)
+
+    # Conversations
+
+    def new_sequence(self) -> Sequence:
+        """An empty conversation for `prefill` and `decode`."""
+        return Sequence(self.cache)
+
+    def free(self, sequence: Sequence) -> None:
+        """Gives a conversation's blocks back, after which it cannot be continued. Freeing it again does nothing."""
+        if isinstance(sequence, Sequence) and sequence.cache is None:
+            return
+        self._check_sequence("sequence", sequence)
+        self.cache.free(sequence)
+
+    def _check_sequence(self, name: str, sequence: Sequence) -> None:
+        if not isinstance(sequence, Sequence):
+            raise TypeError(f"{name} is {sequence!r:.80}, expected a conversation of model.new_sequence()")
+        if sequence.cache is not self.cache:
+            state = "was freed" if sequence.cache is None else "is a sequence of another model"
+            raise ValueError(f"{name} {state}, expected a conversation of this model")
+
+    def layers_kept(self, prefill_depth=None) -> int:
+        """The prefill depth P in layers: of an int itself, of a float the nearest share of all layers; None is the
+        model's own.
+        """
+        depth, layers = self.prefill_depth if prefill_depth is None else prefill_depth, self.spec.num_layers
+        if isinstance(depth, bool) or not isinstance(depth, int | float):
+            raise TypeError(f"prefill_depth is {depth!r}, expected layers (int) or a share of them (float)")
+        if isinstance(depth, float):
+            if not 0 < depth <= 1:
+                raise ValueError(f"prefill_depth is {depth}, expected a share of the layers in (0, 1]")
+            return max(1, int(depth * layers + 0.5))
+        if not 1 <= depth <= layers:
+            raise ValueError(f"prefill_depth is {depth}, expected 1 to {layers} layers (or a float, a share of them)")
+        return depth
+
+    # Prefill and decode
+
+    @torch.no_grad()
+    def prefill(
+        self, sequences: list[Sequence], prompts: list[list[int]], *, prefill_depth=None
+    ) -> tuple[Tensor, StageTimes]:
+        """A turn: appends prompts[i] to sequences[i] and runs every token that is not in the cache yet.
+
+        Tokens from before the prompt (the last one sampled) and the prompt's last `boundary_tokens` run at full depth,
+        as do the sequence's first `anchor_tokens`. Returns the logits [B, vocabulary] float32 that follow the prompts,
+        and the time of each stage. Raises before anything is changed if a prompt is empty or too long, or the cache too
+        full.
+        """
+        times = StageTimes()
+        return self._turn(sequences, prompts, "prompts", self.layers_kept(prefill_depth), times), times
+
+    @torch.no_grad()
+    def decode(self, sequences: list[Sequence], token_ids: list[int]) -> Tensor:
+        """Appends token_ids[i] to sequences[i] and runs it, and what is not in the cache yet, through all layers.
+
+        Returns the logits [B, vocabulary] float32 that follow.
+        """
+        return self._turn(
+            sequences, [[token] for token in token_ids], "token_ids", self.spec.num_layers, StageTimes(), deep=True
+        )
+
+    @torch.no_grad()
+    def logits(self, prompts: list[list[int]], continuations: list[list[int]], *, prefill_depth=None) -> list[Tensor]:
+        """Teacher-forced logits: for each pair, the [c, vocabulary] float32 logits that predict its c continuation
+        tokens.
+
+        Prompts are prefilled by POP at `prefill_depth`; continuations are decoded at full depth.
+        """
+        depth = self.layers_kept(prefill_depth)
+        _check_token_lists("prompts", prompts, self.spec.vocab_size)
+        _check_token_lists("continuations", continuations, self.spec.vocab_size, least=0)
+        if len(prompts) != len(continuations):
+            raise ValueError(f"continuations has {len(continuations)} entries, expected one per prompt, {len(prompts)}")
+        results = []
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            if not len(continuation):
+                results.append(torch.empty(0, self.spec.vocab_size))
+                continue
+            sequence = self.new_sequence()
+            try:
+                rows = [self._turn([sequence], [list(prompt)], "prompts", depth, StageTimes())]
+                if len(continuation) > 1:
+                    forced = [list(continuation[:-1])]
+                    rows.append(
+                        self._turn([sequence], forced, "continuations", depth, StageTimes(), deep=True, all_logits=True)
+                    )
+                results.append(torch.cat(rows))
+            finally:
+                self.free(sequence)
+        return results
+
+    def _turn(
+        self, sequences, prompts, name: str, depth: int, times: StageTimes, *, deep=False, all_logits=False
+    ) -> Tensor:
+        """Appends prompts and runs all that is not in the cache, `chunk_tokens` at a time; nothing of it stays if that
+        fails.
+        """
+        self._check_settings()
+        self._check_prompts(sequences, prompts, name)
+        lengths = [len(s.token_ids) for s in sequences]
+        self.cache.grow(sequences, [n + len(p) for n, p in zip(lengths, prompts, strict=True)])
+        try:
+            pieces = []
+            for sequence, length, prompt in zip(sequences, lengths, prompts, strict=True):
+                sequence.token_ids += prompt
+                end = length + len(prompt)
+                shallow = (max(length, self.anchor_tokens), end - self.boundary_tokens) if not deep else (end, end)
+                pieces.append(Piece(sequence, sequence.num_cached, end, *shallow, length if all_logits else end - 1))
+            logits = [self._forward(chunk, depth, times) for chunk in _chunks(pieces, self.chunk_tokens)]
+        except BaseException:
+            for sequence, length in zip(sequences, lengths, strict=True):
+                del sequence.token_ids[length:]
+            raise
+        for sequence in sequences:
+            sequence.num_cached = len(sequence.token_ids)
+        return torch.cat(logits) if len(logits) > 1 else logits[0]
+
+    def _forward(self, pieces: list[Piece], depth: int, times: StageTimes) -> Tensor:
+        """One pass over the tokens of `pieces`; returns the logits wanted of them, [rows, vocabulary] float32."""
+        clock = time.perf_counter()
+        spec, weights, cache = self.spec, self.weights, self.cache
+        depth = min(depth, spec.num_layers - 1)  # exact: shallow tokens need the last layer's keys and values only
+        token_ids = [token for p in pieces for token in p.sequence.token_ids[p.start : p.end]]
+        deep_runs = [(p, start, end) for p in pieces for start, end in p.deep_runs()]
+        num_deep = sum(end - start for _, start, end in deep_runs)
+
+        batch = Batch([(p.sequence, p.start, p.end) for p in pieces], self.rope)
+        hidden = embedding(torch.tensor(token_ids), weights.embedding)
+        if spec.embedding_scale != 1:
+            hidden *= spec.embedding_scale
+        for layer in range(depth):
+            hidden = self._layer(layer, hidden, batch)
+        clock = times.add("truncated_prefill", clock)
+
+        if num_deep < len(token_ids):
+            offsets = dict(zip(map(id, pieces), batch.query_starts.tolist(), strict=False))
+            deep = torch.cat(
+                [torch.arange(start, end) + (offsets[id(p)] - p.start) for p, start, end in deep_runs]
+                or [torch.empty(0).long()]
+            )
+            pop.project_kv(
+                hidden,
+                weights.projection[depth:],
+                None if weights.projection_bias is None else weights.projection_bias[depth:],
+                None if self.k_norms is None else self.k_norms[depth:],
+                spec.rms_norm_eps,
+                batch.cos,
+                batch.sin,
+                self.rope_index[depth:],
+                batch.slots.index_fill(0, deep, -1),
+                cache.keys[depth:],
+                cache.values[depth:],
+            )
+            clock = times.add("projection", clock)
+            if not deep_runs:
+                return torch.empty(0, spec.vocab_size)
+            hidden, batch = hidden[deep], Batch([(p.sequence, start, end) for p, start, end in deep_runs], self.rope)
+
+        for layer in range(depth, spec.num_layers):
+            hidden = self._layer(layer, hidden, batch)
+        rows, count = [], 0
+        for piece, start, end in deep_runs:
+            rows += range(count + max(piece.logits_start - start, 0), count + end - start)
+            count += end - start
+        hidden = pop.rms_norm(hidden[rows], weights.final_norm, spec.rms_norm_eps)
+        logits = pop.linear(hidden, weights.lm_head, out_dtype=torch.float32)
+        times.add("boundary", clock)
+        return logits
+
+    def _layer(self, index: int, hidden: Tensor, batch: Batch) -> Tensor:
+        """hidden [T, D] before layer `index` -> after it; the tokens' keys and values go to the cache."""
+        spec, w = self.spec, self.weights.layers[index]
+        eps = spec.rms_norm_eps
+        cos, sin = batch.angles[spec.rope_index[index]]
+        keys, values = self.cache.layers[index]
+        x = pop.rms_norm(hidden, w.input_norm, eps)
+        query = pop.qkv_project(x, w.qkv, w.qkv_bias, w.q_norm, w.k_norm, eps, cos, sin, batch.slots, keys, values)
+        x = pop.attention(
+            query,
+            keys,
+            values,
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            batch.max_query_len,
+            batch.max_context_len,
+            spec.attention_scale,
+            spec.windows[index],
+        ).flatten(1)
+        if spec.sandwich_norms:
+            hidden = pop.rms_norm(pop.linear(x, w.output, w.output_bias), w.post_attention_norm, eps, hidden)
+            x = pop.gated_linear(pop.rms_norm(hidden, w.mlp_norm, eps), w.gate_up, spec.activation)
+            return pop.rms_norm(pop.linear(x, w.down), w.post_mlp_norm, eps, hidden)
+        hidden = pop.linear(x, w.output, w.output_bias, hidden)
+        x = pop.gated_linear(pop.rms_norm(hidden, w.mlp_norm, eps), w.gate_up, spec.activation)
+        return pop.linear(x, w.down, None, hidden)
+
+    def _check_settings(self) -> None:
+        """The attributes that may be set at any time."""
+        _check_count("boundary_tokens", self.boundary_tokens, 1)
+        _check_count("anchor_tokens", self.anchor_tokens, 0)
+        _check_count("chunk_tokens", self.chunk_tokens, 1)
+
+    def _check_prompts(self, sequences: list[Sequence], prompts: list[list[int]], name: str) -> None:
+        _check_token_lists(name, prompts, self.spec.vocab_size)
+        if not isinstance(sequences, list | tuple) or len(sequences) != len(prompts) or not len(sequences):
+            raise ValueError(f"sequences is {sequences!r:.80}, expected one or more, as many as {name}, {len(prompts)}")
+        for i, sequence in enumerate(sequences):
+            self._check_sequence(f"sequences[{i}]", sequence)
+            length, limit = len(sequence.token_ids) + len(prompts[i]), self.spec.max_position_embeddings
+            if length > limit:
+                raise ValueError(
+                    f"{name}[{i}] makes the conversation {length} tokens long, expected at most the model's {limit}"
+                )
+        if len({id(s) for s in sequences}) < len(sequences):
+            raise ValueError("sequences has the same conversation twice, expected different ones")
+
+
+def _chunks(pieces: list[Piece], size: int) -> Iterator[list[Piece]]:
+    """Cuts pieces into forward passes of at most `size` tokens."""
+    chunk, room = [], size
+    for piece in pieces:
+        start = piece.start
+        while start < piece.end:
+            end = min(piece.end, start + room)
+            chunk.append(replace(piece, start=start, end=end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield chunk
+                chunk, room = [], size
+    if chunk:
+        yield chunk
+
+
+def _check_token_lists(name: str, lists: list[list[int]], vocab_size: int, least: int = 1) -> None:
+    """TypeError or ValueError unless `lists` holds lists of at least `least` token ids."""
+    if not isinstance(lists, list | tuple):
+        raise TypeError(f"{name} is {lists!r:.80}, expected a list of lists of token ids")
+    for i, token_ids in enumerate(lists):
+        if not isinstance(token_ids, list | tuple) or not all(type(token) is int for token in token_ids):
+            raise TypeError(f"{name}[{i}] is {token_ids!r:.80}, expected a list of token ids (int)")
+        if len(token_ids) < least:
+            raise ValueError(f"{name}[{i}] is empty, expected at least one token id")
+        wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"{name}[{i}] has token id {wrong}, expected 0 to {vocab_size - 1}")
+
+
+def _check_count(name: str, value, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} is {value!r}, expected an int of {least} or more")
+
+
+def _load_tokenizer(folder: Path):
+    if not any(
+        (folder / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a damaged file makes of it
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+
+
+def _load_generation_config(folder: Path, config) -> GenerationConfig:
+    if not (folder / "generation_config.json").exists():
+        return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
+
+
+def load(
+    path: str | Path,
+    prefill_depth: int | float = 1.0,
+    boundary_tokens: int = 1,
+    anchor_tokens: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    max_tokens: int | None = None,
+) -> Model:
+    """Loads a checkpoint folder, or a Hugging Face hub id, for POP.
+
+    prefill_depth: layers that prompt tokens run through; an int counts them, a float in (0, 1] is their share (so 1 is
+    one layer, 1.0 all).
+    boundary_tokens: how many of each turn's last prompt tokens go through all layers. anchor_tokens: how many of the
+    sequence's first.
+    dtype: torch.bfloat16 or torch.float32. max_tokens: capacity of the key/value cache over all conversations, by
+    default the model's context or 32,768, whichever is less.
+    """
+    return Model(resolve_folder(path), prefill_depth, boundary_tokens, anchor_tokens, dtype, max_tokens)
