@@ -1,0 +1,94 @@
+// The device's own C interface: raw PTX for pop_ext/emulator.py, figures for benchmarks, and errors for what is not
+// implemented.
+#include <algorithm>
+#include <cstring>
+
+#include "memory.h"
+#include "runtime.h"
+#include "schedule.h"
+
+namespace pop::emulator {
+
+// Called by the functions of unsupported.cpp.
+int unsupported(const char* name) {
+  say(std::string(name) + " is not supported");
+  return record(cudaErrorNotSupported);
+}
+
+namespace {
+thread_local std::string interface_error;
+}
+
+}  // namespace pop::emulator
+
+using namespace pop::emulator;
+
+POP_API const char* pop_emulator_error() { return interface_error.c_str(); }
+
+// Parses and decodes PTX text; null on errors, which pop_emulator_error then tells.
+POP_API void* pop_emulator_load(const char* text, size_t bytes) {
+  try {
+    auto module = load_module(std::string_view(text, bytes));
+    module->decode_all();
+    return module.release();
+  } catch (const std::exception& error) {
+    interface_error = error.what();
+    return nullptr;
+  }
+}
+
+POP_API void pop_emulator_unload(void* module) { delete static_cast<Module*>(module); }
+
+// Writes up to `capacity` (bytes, type width, is float, is signed, is array) five-tuples; returns the number of
+// parameters, or -1 where there is no such kernel.
+POP_API int pop_emulator_parameters(void* module, const char* name, int* out, int capacity) {
+  Kernel* kernel = static_cast<Module*>(module)->kernel(name);
+  if (!kernel) return -1;
+  for (int k = 0; k < std::min(capacity, static_cast<int>(kernel->parameters.size())); ++k) {
+    const Parameter& p = kernel->parameters[static_cast<size_t>(k)];
+    const int row[] = {static_cast<int>(p.bytes), type_bytes(p.type), is_float(p.type), is_signed(p.type), p.array};
+    std::copy(row, row + 5, out + 5 * k);
+  }
+  return static_cast<int>(kernel->parameters.size());
+}
+
+// The names of the kernels, one a line, valid until the thread's next call.
+POP_API const char* pop_emulator_kernels(void* module) {
+  interface_error.clear();
+  for (const auto& function : static_cast<Module*>(module)->ptx.functions)
+    if (function->entry && !function->declared_only) interface_error += function->name + "\n";
+  return interface_error.c_str();
+}
+
+// Runs a kernel to its end. Returns 0, or CUDA's error code with the story in pop_emulator_error.
+POP_API int pop_emulator_launch(void* module, const char* name, const uint32_t* grid, const uint32_t* block,
+                                uint32_t shared, const void* const* arguments, uint64_t* warp_instructions) {
+  Kernel* kernel = static_cast<Module*>(module)->kernel(name);
+  if (!kernel) return interface_error = "no such kernel", cudaErrorInvalidDeviceFunction;
+  LaunchRequest request;
+  request.kernel = kernel;
+  request.grid = {grid[0], grid[1], grid[2]};
+  request.block = {block[0], block[1], block[2]};
+  request.dynamic_shared = shared;
+  if (request.grid.count() == 0 || request.block.count() == 0 ||
+      request.block.count() > static_cast<uint64_t>(kernel->max_threads) || grid[1] > 65535 || grid[2] > 65535 ||
+      uint64_t{shared} + kernel->static_shared > static_cast<uint64_t>(device_limits().shared_per_block_optin))
+    return interface_error = "invalid launch configuration", cudaErrorInvalidConfiguration;
+  request.parameters.resize(kernel->parameter_bytes);
+  for (size_t k = 0; k < kernel->parameters.size(); ++k)
+    std::memcpy(request.parameters.data() + kernel->parameters[k].offset, arguments[k], kernel->parameters[k].bytes);
+  const LaunchResult result = run_grid(request);
+  if (warp_instructions) *warp_instructions = result.warp_instructions;
+  interface_error = result.message;
+  return result.code;
+}
+
+// Totals of all launches through the runtime: kernels, warp instructions, seconds.
+POP_API void pop_emulator_totals(uint64_t* launches, uint64_t* warp_instructions, double* seconds) {
+  Runtime& r = Runtime::instance();
+  const std::lock_guard lock(r.mutex);
+  *launches = r.launches, *warp_instructions = r.warp_instructions, *seconds = r.seconds;
+}
+
+// What the last failed kernel or module had to say.
+POP_API const char* pop_emulator_message() { return Runtime::instance().message.c_str(); }
