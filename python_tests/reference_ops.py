@@ -1,0 +1,118 @@
+"""Every operation of `torch.ops.pop` in plain PyTorch, computed in `dtype` (float64 unless asked): what the kernels are
+measured against.
+
+Written for the reader: no blocking, no fusion, one loop per sequence. Caches passed in are written in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPE = torch.float64
+
+
+def _norm(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE, rotate-half convention: x [T, H, E]; cos, sin [T, E/2]."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _write(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """cache [blocks, block_size, H, E]; rows [T, H, E]; slots [T], -1 skips."""
+    block_size = cache.shape[1]
+    for slot, row in zip(slots.tolist(), rows, strict=True):
+        if slot >= 0:
+            cache[slot // block_size, slot % block_size] = row.to(cache.dtype)
+
+
+def rms_norm(x, weight, eps, residual=None, *, dtype=DTYPE):
+    y = _norm(x.to(dtype), eps) * weight.to(dtype)
+    return y if residual is None else y + residual.to(dtype)
+
+
+def linear(x, weight, bias=None, residual=None, *, out_dtype=None, dtype=DTYPE):
+    y = x.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return y if residual is None else y + residual.to(dtype)
+
+
+def gated_linear(x, gate_up_weight, activation, *, dtype=DTYPE):
+    gate, up = (x.to(dtype) @ gate_up_weight.to(dtype).T).chunk(2, dim=-1)
+    act = {"silu": torch.nn.functional.silu, "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh")}
+    return act[activation](gate) * up
+
+
+def qkv_project(x, weight, bias, q_norm, k_norm, eps, cos, sin, slots, key_cache, value_cache, *, dtype=DTYPE):
+    kv_heads, head_dim = key_cache.shape[2:]
+    y = linear(x, weight, bias, dtype=dtype).unflatten(-1, (-1, head_dim))
+    query, key, value = y.split([y.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if q_norm is not None:
+        query = _norm(query, eps) * q_norm.to(dtype)
+    if k_norm is not None:
+        key = _norm(key, eps) * k_norm.to(dtype)
+    _write(key_cache, slots, _rotate(key, cos, sin))
+    _write(value_cache, slots, value)
+    return _rotate(query, cos, sin)
+
+
+def attention(
+    query,
+    key_cache,
+    value_cache,
+    block_tables,
+    query_starts,
+    context_lens,
+    max_query_len,
+    max_context_len,
+    scale,
+    window=0,
+    spans=None,
+    *,
+    dtype=DTYPE,
+):
+    block_size = key_cache.shape[1]
+    group = query.shape[1] // key_cache.shape[2]
+    out = torch.zeros(query.shape, dtype=dtype)
+    starts = query_starts.tolist()
+    for s, context in enumerate(context_lens.tolist()):
+        rows = slice(starts[s], starts[s + 1])
+        n = starts[s + 1] - starts[s]
+        if n == 0:
+            continue
+        positions = torch.arange(context)
+        blocks = block_tables[s].long()[positions // block_size]
+        key, value = (c[blocks, positions % block_size].to(dtype) for c in (key_cache, value_cache))
+        key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+        i, j = torch.arange(context - n, context)[:, None], positions[None, :]
+        visible = j <= i
+        if spans is not None:
+            ids = spans[s, :context]
+            visible |= (ids[i] == ids[j]) & (ids[i] >= 0)
+        if window > 0:
+            visible &= j > i - window
+        scores = torch.einsum("qhe,khe->hqk", query[rows].to(dtype), key) * scale
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        out[rows] = torch.einsum("hqk,khe->qhe", weights, value)
+    return out
+
+
+def project_kv(
+    hidden, weight, bias, k_norm, eps, cos, sin, rope_index, slots, key_caches, value_caches, *, dtype=DTYPE
+):
+    kv_heads, head_dim = key_caches.shape[3:]
+    x = _norm(hidden.to(dtype), eps)
+    for r in range(weight.shape[0]):
+        y = linear(x, weight[r], None if bias is None else bias[r], dtype=dtype).unflatten(-1, (-1, head_dim))
+        key, value = y.split(kv_heads, dim=1)
+        if k_norm is not None:
+            key = _norm(key, eps) * k_norm[r].to(dtype)
+        rope = int(rope_index[r])
+        _write(key_caches[r], slots, _rotate(key, cos[rope], sin[rope]))
+        _write(value_caches[r], slots, value)

@@ -1,0 +1,108 @@
+"""Prefill-only pruning from transformers' own modules: what `pop_ext.Model` is compared with and shares no code with.
+
+The definition is causal, so a conversation is a row of pieces of consecutive tokens, each run one of two ways:
+
+    full        all L layers, as transformers runs them;
+    truncated   layers 0 .. P-1; every later layer only gets K and V, made by its own input norm, projections, K-norm
+                and rotary embedding from the hidden state that layer P-1 left.
+
+A prompt goes truncated, except for the first `anchors` tokens of the conversation and the last `boundary` tokens of the
+turn; everything else (continuations, a sampled token that was not run yet) goes full. Attention sees whatever K and V
+the pieces left behind: each token those before it and its own, within the layer's window.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+
+class ReferencePOP:
+    """One conversation. `model` is a transformers causal LM of any floating dtype."""
+
+    def __init__(self, model, prefill_depth: int, boundary: int = 1, anchors: int = 1):
+        self.model, self.config, self.layers = model, model.config, model.model.layers
+        self.prefill_depth, self.boundary, self.anchors = prefill_depth, boundary, anchors
+        self.keys: list[Tensor | None] = [None] * len(self.layers)  # each [1, Hkv, tokens so far, E], after RoPE
+        self.values: list[Tensor | None] = [None] * len(self.layers)
+        self.length = 0
+
+    def prompt(self, token_ids: list[int], *, depth: int | None = None) -> Tensor:
+        """A turn of the user: the prompt by the rules above. Returns the logits [V] after its last token."""
+        self.prefill_depth = self.prefill_depth if depth is None else depth
+        anchor = min(max(self.anchors - self.length, 0), len(token_ids))
+        boundary = max(len(token_ids) - self.boundary, anchor)  # first token of the boundary; an anchor is full already
+        self._run(token_ids[:anchor], full=True)
+        self._run(token_ids[anchor:boundary], full=False)
+        logits = self._run(token_ids[boundary:], full=True)
+        return logits[-1] if len(logits) else self._last[-1]  # all of the prompt was anchor
+
+    def decode(self, token_ids: list[int]) -> Tensor:
+        """Generated (here: given) tokens, at full depth. Returns the logits [len(token_ids), V] after each."""
+        return self._run(token_ids, full=True)
+
+    def logits(self, prompt: list[int], continuation: list[int]) -> Tensor:
+        """Logits [c, V] that predict the c continuation tokens."""
+        return torch.cat([self.prompt(prompt)[None], self.decode(continuation[:-1])])
+
+    @torch.no_grad()
+    def _run(self, token_ids: list[int], full: bool) -> Tensor:
+        if not token_ids:
+            return torch.empty(0, self.config.vocab_size)
+        positions = torch.arange(self.length, self.length + len(token_ids))[None]
+        hidden = self.model.model.embed_tokens(torch.tensor([token_ids]))
+        for index, layer in enumerate(self.layers):
+            rope = self._rope(hidden, positions, index)
+            if full or index < self.prefill_depth:
+                hidden = layer(
+                    hidden,
+                    attention_mask=self._mask(positions, index, hidden.dtype),
+                    position_embeddings=rope,
+                    past_key_values=self,
+                )
+            else:
+                self._project(hidden, layer, rope, index)
+        self.length += len(token_ids)
+        if full:
+            self._last = self.model.lm_head(self.model.model.norm(hidden))[0]
+        return self._last if full else torch.empty(0, self.config.vocab_size)
+
+    def _project(self, hidden: Tensor, layer, rope, index: int) -> None:
+        """The K/V-only step of a skipped layer."""
+        attention = layer.self_attn
+        x = layer.input_layernorm(hidden)
+        key, value = (
+            projection(x).unflatten(-1, (-1, attention.head_dim)) for projection in (attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "k_norm"):
+            key = attention.k_norm(key)
+        apply_rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        key = apply_rotary(key, key, *rope, unsqueeze_dim=2)[1]
+        self.update(key.transpose(1, 2), value.transpose(1, 2), index)
+
+    def update(self, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """What transformers' attention calls on its cache: append the new K and V, return all."""
+        if self.keys[index] is not None:
+            key, value = torch.cat([self.keys[index], key], 2), torch.cat([self.values[index], value], 2)
+        self.keys[index], self.values[index] = key, value
+        return key, value
+
+    def _rope(self, hidden: Tensor, positions: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        rotary = self.model.model.rotary_emb
+        if self.config.model_type == "gemma3_text":  # two bases
+            return rotary(hidden, positions, self.config.layer_types[index])
+        return rotary(hidden, positions)
+
+    def _mask(self, positions: Tensor, index: int, dtype: torch.dtype) -> Tensor:
+        """Additive [1, 1, queries, keys]: causal, and within the window where the layer has one."""
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        if kinds is not None and kinds[index] == "full_attention":
+            window = None
+        i, j = positions[0][:, None], torch.arange(self.length + positions.shape[1])[None, :]
+        hidden_keys = j > i
+        if window is not None:
+            hidden_keys |= j <= i - window
+        return torch.zeros(hidden_keys.shape, dtype=dtype).masked_fill(hidden_keys, torch.finfo(dtype).min)[None, None]
