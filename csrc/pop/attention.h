@@ -29,4 +29,10 @@ namespace cpu {
 void attention(const Attention&, const Threads&);
 }
 
+namespace cuda {
+/// Bytes of device memory that `attention` uses while it runs, on the current device; 0 for none.
+int64_t attention_workspace(const Attention&);
+void attention(const Attention&, void* workspace, Stream);
+}  // namespace cuda
+
 }  // namespace pop

@@ -20,4 +20,8 @@ namespace cpu {
 void gated_linear(const GatedLinear&, const Threads&);
 }
 
+namespace cuda {
+void gated_linear(const GatedLinear&, Stream);
+}
+
 }  // namespace pop

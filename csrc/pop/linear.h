@@ -24,4 +24,10 @@ namespace cpu {
 void linear(const Linear&, const Threads&);
 }
 
+namespace cuda {
+/// Bytes of device memory that `linear` uses while it runs, on the current device; 0 for none.
+int64_t linear_workspace(const Linear&);
+void linear(const Linear&, void* workspace, Stream);
+}  // namespace cuda
+
 }  // namespace pop

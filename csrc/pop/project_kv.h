@@ -28,4 +28,10 @@ namespace cpu {
 void project_kv(const ProjectKv&, const Threads&);
 }
 
+namespace cuda {
+/// Bytes of device memory that `project_kv` uses while it runs, on the current device; 0 for none.
+int64_t project_kv_workspace(const ProjectKv&);
+void project_kv(const ProjectKv&, void* workspace, Stream);
+}  // namespace cuda
+
 }  // namespace pop

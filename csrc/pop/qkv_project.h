@@ -26,4 +26,8 @@ namespace cpu {
 void qkv_project(const QkvProject&, const Threads&);
 }
 
+namespace cuda {
+void qkv_project(const QkvProject&, Stream);
+}
+
 }  // namespace pop

@@ -21,4 +21,8 @@ namespace cpu {
 void rms_norm(const RmsNorm&, const Threads&);
 }
 
+namespace cuda {
+void rms_norm(const RmsNorm&, Stream);
+}
+
 }  // namespace pop

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+struct CUstream_st;
+
 namespace pop {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
@@ -14,6 +16,9 @@ struct Threads {
   int count;
   void (*run)(int n, void (*body)(int i, void* context), void* context);
 };
+
+/// A CUDA stream (cudaStream_t, without CUDA's headers); kernels run on the current device.
+using Stream = CUstream_st*;
 
 /// A paged cache of one layer's keys or values, [blocks, block_size, heads, head_size]. Strides count elements; the
 /// last dimension is contiguous. Slot s is token s % block_size of block s / block_size.

@@ -1,0 +1,54 @@
+#pragma once
+
+// What every kernel's host side needs: the current device's limits, and launches whose errors carry the operation's
+// name.
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "pop/types.h"
+
+namespace pop::cuda {
+
+inline void check(const char* operation, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that the next operation does not report this one's error again
+  throw std::runtime_error(std::string("pop::") + operation + ": " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+inline constexpr int kMaxDevices = 64;
+
+struct Device {
+  int index, multiprocessors, shared_per_block;  // bytes, as a kernel may opt in to
+};
+
+inline Device current_device(const char* operation) {
+  Device d;
+  check(operation, cudaGetDevice(&d.index));
+  check(operation, cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, d.index));
+  check(operation, cudaDeviceGetAttribute(&d.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, d.index));
+  return d;
+}
+
+/// Launches kKernel(parameters); a kernel that takes more than 48 KiB of shared memory opts in once per device.
+template <auto kKernel, typename Parameters>
+void launch(const char* operation, dim3 grid, int threads, int shared_bytes, Stream stream,
+            const Parameters& parameters) {
+  if (shared_bytes > 48 * 1024) {
+    static std::atomic<int> opted_in[kMaxDevices];
+    int device;
+    check(operation, cudaGetDevice(&device));
+    if (device >= kMaxDevices || opted_in[device].load(std::memory_order_relaxed) < shared_bytes) {
+      check(operation, cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+      if (device < kMaxDevices) opted_in[device].store(shared_bytes, std::memory_order_relaxed);
+    }
+  }
+  kKernel<<<grid, threads, shared_bytes, stream>>>(parameters);
+  check(operation, cudaGetLastError());
+}
+
+}  // namespace pop::cuda
