@@ -37,7 +37,7 @@ def library_path() -> pathlib.Path:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(library_path() / "libcudart.so.13"))
+    library = ctypes.CDLL(str(library_path() / "libcudart.so.13"), mode=ctypes.RTLD_GLOBAL)
     library.pop_emulator_load.restype = ctypes.c_void_p
     library.pop_emulator_load.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
     library.pop_emulator_unload.argtypes = [ctypes.c_void_p]
@@ -155,6 +155,45 @@ class Module:
 
     def __iter__(self):
         return iter(self.keys())
+
+
+@functools.cache
+def _cuda_operations() -> ctypes.CDLL:
+    """Loads the CUDA kernels of torch.ops.pop onto the device."""
+    import torch
+
+    from . import ops
+
+    if torch.version.cuda is not None:
+        raise RuntimeError("this torch is built with CUDA, whose own runtime cannot be displaced; use a CPU build")
+    if not ops.CUDA_LIBRARY.exists():
+        raise FileNotFoundError(f"no {ops.CUDA_LIBRARY}: this build of pop_ext has no CUDA kernels")
+    _library()
+    ops.make_way_for_cuda()
+    torch.ops.load_library(ops.CUDA_LIBRARY)
+    return ctypes.CDLL(str(ops.CUDA_LIBRARY))
+
+
+class _Operations:
+    """`torch.ops.pop` with its CUDA kernels on this device: takes CPU tensors, which are the device's own memory for the
+    time of a call.
+    """
+
+    def __getattr__(self, name: str):
+        import torch
+
+        _cuda_operations()
+        operation = getattr(torch.ops.pop, name).default
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+        @functools.wraps(operation)
+        def call(*args, **kwargs):
+            return operation.redispatch(keys, *args, **kwargs)
+
+        return call
+
+
+ops = _Operations()
 
 
 def load(text: str | bytes) -> Module:

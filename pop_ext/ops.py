@@ -4,15 +4,18 @@ Each function below is the operation's fake (meta) kernel, which gives the outpu
 and `torch.library.opcheck`; its docstring is the operation's documentation. T tokens (of all sequences, flattened), D
 hidden size, Hq and Hkv heads, E head size, F intermediate size, S sequences.
 
-On the CPU, activations, weights and caches are float32 or bfloat16, all of one dtype; sums, softmax, gains, cos and sin
-are float32. The last dimension of every tensor is contiguous; bad arguments raise RuntimeError naming the argument,
-what it was and what was expected.
+Activations, weights and caches are all of one dtype, float32 or bfloat16 on the CPU, bfloat16 or float16 on CUDA; sums,
+softmax, gains, cos and sin are float32. The last dimension of every tensor is contiguous. On CUDA, rows start at
+multiples of 16 bytes, hidden sizes are multiples of 8, and heads have 32, 64, 128 or 256 elements; what index tensors hold
+(slots, block_tables, query_starts, context_lens, rope_index) is not looked at there, as that would wait for the device.
+Bad arguments raise RuntimeError naming the argument, what it was and what was expected.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,18 +23,53 @@ from torch import Tensor
 from . import _C
 
 cpu_isas, cpu_isa, set_cpu_isa = _C.cpu_isas, _C.cpu_isa, _C.set_cpu_isa
+CUDA_LIBRARY = Path(_C.__file__).parent / "libpop_cuda.so"
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA kernels; returns why not, and what to do about it, where they cannot be."""
+    if not CUDA_LIBRARY.exists():
+        return (
+            "this build of pop_ext has no CUDA kernels (pop_ext.build_info()['cuda'] is False); build it where nvcc 13 "
+            "and the package nvidia-cutlass are installed"
+        )
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install a build for CUDA 13"
+    try:
+        torch.ops.load_library(CUDA_LIBRARY)
+    except OSError as error:
+        return (
+            f"{CUDA_LIBRARY.name} cannot be loaded ({error}); it needs libcudart.so.13, which a torch built for CUDA 13 "
+            f"brings along (this one is for CUDA {torch.version.cuda})"
+        )
+    return None
+
+
+_why_no_cuda = _load_cuda()
+# What CUDA tensors get where there are no kernels for them.
+_no_cuda = torch.library.Library("pop", "IMPL", "CUDA") if _why_no_cuda else None
+
+
+def make_way_for_cuda() -> None:
+    """Takes back what CUDA tensors get without kernels, as the software device is about to load them."""
+    if _no_cuda:
+        _no_cuda._destroy()
 
 
 def build_info() -> dict:
-    """What this library was built with, and what it runs on here."""
-    return _C.build_info() | {"cpu_isas": cpu_isas(), "cpu_isa": cpu_isa(), "cuda": False}
-
-
-_no_cuda = torch.library.Library("pop", "IMPL", "CUDA")
+    """What this library was built with, and what it runs on here; "cuda": whether CUDA kernels were built, "cuda_loaded":
+    whether this torch runs them.
+    """
+    return _C.build_info() | {
+        "cpu_isas": cpu_isas(),
+        "cpu_isa": cpu_isa(),
+        "cuda": CUDA_LIBRARY.exists(),
+        "cuda_loaded": _why_no_cuda is None,
+    }
 
 
 def _fake(function):
-    """Registers a fake kernel, which looks at devices as the real ones do; and, as there is no CUDA part, what CUDA
+    """Registers a fake kernel, which looks at devices as the real ones do; and, where there is no CUDA part, what CUDA
     tensors get.
     """
     parameters = list(inspect.signature(function).parameters)
@@ -50,11 +88,12 @@ def _fake(function):
 
     def on_cuda(*args, **kwargs):
         raise NotImplementedError(
-            f"pop::{function.__name__}: {parameters[0]} is on a CUDA device, but this build of pop_ext has no CUDA "
-            "kernels (pop_ext.build_info()['cuda'] is False); move the tensors to the CPU"
+            f"pop::{function.__name__}: {parameters[0]} is on a CUDA device, but {_why_no_cuda}; or move the tensors to "
+            "the CPU"
         )
 
-    _no_cuda.impl(function.__name__, on_cuda)
+    if _no_cuda:
+        _no_cuda.impl(function.__name__, on_cuda)
     return torch.library.register_fake(f"pop::{function.__name__}")(checked)
 
 

@@ -36,7 +36,7 @@ inline Device current_device(const char* operation) {
 
 /// Launches kKernel(parameters); a kernel that takes more than 48 KiB of shared memory opts in once per device.
 template <auto kKernel, typename Parameters>
-void launch(const char* operation, dim3 grid, int threads, int shared_bytes, Stream stream,
+void launch(const char* operation, dim3 grid, dim3 block, int shared_bytes, Stream stream,
             const Parameters& parameters) {
   if (shared_bytes > 48 * 1024) {
     static std::atomic<int> opted_in[kMaxDevices];
@@ -47,7 +47,7 @@ void launch(const char* operation, dim3 grid, int threads, int shared_bytes, Str
       if (device < kMaxDevices) opted_in[device].store(shared_bytes, std::memory_order_relaxed);
     }
   }
-  kKernel<<<grid, threads, shared_bytes, stream>>>(parameters);
+  kKernel<<<grid, block, shared_bytes, stream>>>(parameters);
   check(operation, cudaGetLastError());
 }
 

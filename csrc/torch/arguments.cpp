@@ -50,6 +50,19 @@ class Checker {
     if (!condition) fail(name, std::to_string(was), expected);
   }
 
+  /// A size that the backend's vectors must divide.
+  void vectors(const char* name, int64_t size) const {
+    require(!backend_.vectors || size % 8 == 0, name, size, "a multiple of 8 on CUDA");
+  }
+  void head_size(const char* name, int64_t size) const {
+    require(!backend_.vectors || size == 32 || size == 64 || size == 128 || size == 256, name, size,
+            "32, 64, 128 or 256 on CUDA");
+  }
+  /// A size that CUDA's grids count in 32 bits.
+  void countable(const char* name, int64_t size) const {
+    require(!backend_.vectors || size < (int64_t{1} << 31), name, size, "less than 2^31 on CUDA");
+  }
+
   float positive(const char* name, double value) const {
     if (!(value > 0 && std::isfinite(static_cast<float>(value))))
       fail(name, std::to_string(value), "a positive finite number");
@@ -83,10 +96,10 @@ class Checker {
   DeviceType device() const { return backend_.device; }
 
   /// Checks dtype, device and shape (kAny matches any size), and that the last dimension is contiguous; with
-  /// `contiguous`, that all are.
+  /// `contiguous`, that all are; with `vectors`, that the backend's vectors can read its rows.
   static constexpr int64_t kAny = -1;
   void tensor(const char* name, const Tensor& t, ScalarType type, std::initializer_list<int64_t> shape,
-              const char* shape_names, bool contiguous = false) const {
+              const char* shape_names, bool contiguous = false, bool vectors = true) const {
     if (!t.defined()) fail(name, "None", "a tensor");
     const auto sizes = t.sizes(), strides = t.strides();
     bool same = sizes.size() == shape.size();
@@ -99,6 +112,7 @@ class Checker {
       fail(name, "laid out with strides " + shape_text(strides.data(), strides.size()),
            contiguous ? "contiguous memory" : "a contiguous last dimension");
     }
+    if (backend_.vectors && vectors && (type == scalar_ || type == ScalarType::Float)) aligned(name, t);
   }
 
   template <typename T>
@@ -140,6 +154,19 @@ class Checker {
   }
 
  private:
+  void aligned(const char* name, const Tensor& t) const {
+    constexpr int64_t kBytes = 16;
+    if (t.numel() == 0) return;
+    const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    if (address % kBytes) fail(name, "at an address of 16 n + " + std::to_string(address % kBytes), "16 n on CUDA");
+    const auto sizes = t.sizes(), strides = t.strides();
+    const int64_t element = t.scalar_type() == ScalarType::Float ? 4 : 2;
+    for (size_t i = 0; i + 1 < sizes.size(); ++i)
+      if (sizes[i] > 1 && strides[i] * element % kBytes)
+        fail(name, "laid out with strides " + shape_text(strides.data(), strides.size()),
+             "rows that start every 16 n bytes on CUDA");
+  }
+
   static std::string shape_expected(std::initializer_list<int64_t> shape, const char* names) {
     std::ostringstream out;
     out << names << " = [";
@@ -175,6 +202,8 @@ Call<RmsNorm> rms_norm(const Backend& backend, const Tensor& x, const Tensor& we
   check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, D]");
   const int64_t tokens = x.size(0), hidden = x.size(1);
   check.require(hidden > 0, "x's hidden size D", hidden, "1 or more");
+  check.vectors("x's hidden size D", hidden);
+  check.countable("x's number of tokens T", tokens);
   check.tensor("weight", weight, ScalarType::Float, {hidden}, "[D]", true);
   if (residual) check.tensor("residual", *residual, check.scalar(), {tokens, hidden}, "[T, D]");
   const float epsilon = check.eps(eps);
@@ -191,10 +220,12 @@ Call<Linear> linear(const Backend& backend, const Tensor& x, const Tensor& weigh
   check.multiplied("x", x);
   check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, K]");
   const int64_t tokens = x.size(0), in = x.size(1);
+  check.vectors("x's size K", in);
+  check.countable("x's number of tokens T", tokens);
   check.tensor("weight", weight, check.scalar(), {kAny, in}, "[N, K]");
   const int64_t out = weight.size(0);
   const void* bias_data = check.optional<void>("bias", bias, check.scalar(), {out}, "[N]");
-  if (residual) check.tensor("residual", *residual, check.scalar(), {tokens, out}, "[T, N]");
+  if (residual) check.tensor("residual", *residual, check.scalar(), {tokens, out}, "[T, N]", false, out % 8 == 0);
   const ScalarType type = out_dtype.value_or(check.scalar());
   if (type != check.scalar() && type != ScalarType::Float)
     check.fail("out_dtype", dtype_name(type), "float32 or x's dtype");
@@ -211,9 +242,12 @@ Call<GatedLinear> gated_linear(const Backend& backend, const Tensor& x, const Te
   check.multiplied("x", x);
   check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, D]");
   const int64_t tokens = x.size(0), in = x.size(1);
+  check.vectors("x's hidden size D", in);
+  check.countable("x's number of tokens T", tokens);
   check.tensor("gate_up_weight", weight, check.scalar(), {kAny, in}, "[2 F, D]");
   check.require(weight.size(0) % 2 == 0, "gate_up_weight's number of rows", weight.size(0),
                 "an even number, F of the gate and F of up");
+  check.vectors("gate_up_weight's F", weight.size(0) / 2);
   if (activation != "silu" && activation != "gelu_tanh")
     check.fail("activation", '"' + activation + '"', "\"silu\" or \"gelu_tanh\"");
   const int64_t out = weight.size(0) / 2;
@@ -231,6 +265,8 @@ Call<QkvProject> qkv_project(const Backend& backend, const Tensor& x, const Tens
   check.multiplied("x", x);
   check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, D]");
   const int64_t tokens = x.size(0), in = x.size(1);
+  check.vectors("x's hidden size D", in);
+  check.countable("x's number of tokens T", tokens);
   const PagedCache keys =
       check.cache("key_cache", key_cache, 0, {kAny, kAny, kAny, kAny}, "[blocks, block_size, Hkv, E]");
   const PagedCache values =
@@ -238,6 +274,7 @@ Call<QkvProject> qkv_project(const Backend& backend, const Tensor& x, const Tens
                   "key_cache's [blocks, block_size, Hkv, E]");
   check.require(keys.head_size % 2 == 0, "key_cache's head size E", keys.head_size,
                 "an even number (RoPE turns pairs)");
+  check.head_size("key_cache's head size E", keys.head_size);
   check.tensor("weight", weight, check.scalar(), {kAny, in}, "[(Hq + 2 Hkv) E, D]", true);
   const int64_t rows = weight.size(0), query_heads = rows / keys.head_size - 2 * keys.heads;
   check.require(rows % keys.head_size == 0 && query_heads > 0, "weight's number of rows", rows,
@@ -266,6 +303,8 @@ Call<Attention> attention(const Backend& backend, const Tensor& query, const Ten
   check.tensor("query", query, check.scalar(), {kAny, kAny, kAny}, "[T, Hq, E]");
   const int64_t tokens = query.size(0), query_heads = query.size(1), head_size = query.size(2);
   check.require(head_size > 0, "query's head size E", head_size, "1 or more");
+  check.head_size("query's head size E", head_size);
+  check.countable("query's number of tokens T", tokens);
   const PagedCache keys =
       check.cache("key_cache", key_cache, 0, {kAny, kAny, kAny, head_size}, "[blocks, block_size, Hkv, E]");
   const PagedCache values =
@@ -323,6 +362,8 @@ ProjectKv project_kv(const Backend& backend, const Tensor& hidden, const Tensor&
   check.tensor("hidden", hidden, check.scalar(), {kAny, kAny}, "[T, D]");
   const int64_t tokens = hidden.size(0), in = hidden.size(1);
   check.require(in > 0, "hidden's size D", in, "1 or more");
+  check.vectors("hidden's size D", in);
+  check.countable("hidden's number of tokens T", tokens);
   check.tensor("weight", weight, check.scalar(), {kAny, kAny, in}, "[R, 2 Hkv E, D]", true);
   const int64_t layers = weight.size(0), rows = weight.size(1);
   const PagedCache keys =
@@ -332,6 +373,7 @@ ProjectKv project_kv(const Backend& backend, const Tensor& hidden, const Tensor&
                   "key_caches' [R, blocks, block_size, Hkv, E]");
   check.require(keys.head_size % 2 == 0, "key_caches' head size E", keys.head_size,
                 "an even number (RoPE turns pairs)");
+  check.head_size("key_caches' head size E", keys.head_size);
   check.require(rows == 2 * keys.heads * keys.head_size, "weight's rows of a layer", rows, "2 Hkv E of key_caches");
   const void* bias_data = check.optional<void>("bias", bias, check.scalar(), {layers, rows}, "[R, 2 Hkv E]");
   const float* k_gain = check.optional<float>("k_norm", k_norm, ScalarType::Float, {layers, keys.head_size}, "[R, E]");

@@ -23,12 +23,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-/// What a device's kernels take: tensors of `device`, multiplied in any of `dtypes`.
+/// What a device's kernels take: tensors of `device`, multiplied in the dtypes that are true. CUDA's move 16 bytes at a
+/// time: rows start at such addresses, hidden sizes are multiples of 8, and heads have 32, 64, 128 or 256.
 struct Backend {
   DeviceType device;
   bool float32, bfloat16, float16;
+  bool vectors;
 };
-inline constexpr Backend kCpu{DeviceType::CPU, true, true, false};
+inline constexpr Backend kCpu{DeviceType::CPU, true, true, false, false};
+inline constexpr Backend kCuda{DeviceType::CUDA, false, true, true, true};
 
 /// Arguments ready for the kernels, and the output they write to.
 template <typename Struct>

@@ -1,0 +1,132 @@
+#pragma once
+
+// The multiplication of gemm.h for at most 64 tokens (decode, boundary), bound by reading the weight once.
+//
+// Here the weight is the operand of 16 rows and tokens are the 8 columns of mma.m16n8k16, so few tokens waste little. A
+// multiplication does not care in which order it takes the depth, as long as both operands agree: lane q of four takes
+// elements 8 q to 8 q + 7 of every 32, so all reads are 16 bytes wide, straight from global memory to registers.
+// Warps share a block's rows and divide the depth; their sums meet in shared memory, added in order.
+
+#include "cuda/gemm.h"
+
+namespace pop::cuda {
+
+inline constexpr int kFewTokens = 64;
+
+template <int kTokens_, int kColumns_>
+struct FewTokens {
+  static constexpr int kTokens = kTokens_, kColumns = kColumns_, kWarps = 8, kThreads = 32 * kWarps;
+  // Sixteen rows of the weight at a time in a warp, or twice that so that tokens are read half as often.
+  static constexpr int kRowBlocks = kColumns / 16;
+  static constexpr int kBlocksPerWarp = std::max(kRowBlocks / kWarps, kTokens >= 32 && kRowBlocks >= 2 ? 2 : 1);
+  static constexpr int kRowGroups = kRowBlocks / kBlocksPerWarp, kDepthGroups = kWarps / kRowGroups;
+  static constexpr int kStride = kColumns + kSumsPadding;
+  template <typename Epilogue>
+  static constexpr int kOutColumns = Epilogue::kPaired ? kColumns / 2 : kColumns;
+  template <typename Epilogue>
+  static constexpr int shared_bytes() {
+    return 4 * kTokens * (kDepthGroups * kStride + (Epilogue::kPaired ? kOutColumns<Epilogue> + kSumsPadding : 0));
+  }
+};
+
+/// 16 bytes that are read once: past L1.
+__device__ inline Vector load_streaming(const void* from) {
+  Vector v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.pairs[0]), "=r"(v.pairs[1]), "=r"(v.pairs[2]), "=r"(v.pairs[3])
+               : "l"(from));
+  return v;
+}
+
+template <typename T, typename Shape, typename Epilogue>
+__global__ __launch_bounds__(Shape::kThreads) void few_tokens_gemm(const __grid_constant__ GemmParameters<Epilogue> p) {
+  constexpr int kM = Shape::kBlocksPerWarp, kN = Shape::kTokens / 8, kStep = 32 * Shape::kDepthGroups;
+  constexpr int kUnroll = kM * 2 + kN > 8 ? 2 : 4;
+  extern __shared__ __align__(128) unsigned char shared[];
+  float* const partial = reinterpret_cast<float*>(shared);  // [depth groups][tokens][kStride]
+  // Where columns stay what they are, the sum over the depth groups takes the first one's place.
+  float* const out = partial + (Epilogue::kPaired ? Shape::kDepthGroups * Shape::kTokens * Shape::kStride : 0);
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int depth_group = warp / Shape::kRowGroups, first_row = warp % Shape::kRowGroups * kM * 16;
+  const int k0 = depth_group * 32 + lane % 4 * 8;
+  const T* weight[kM][2];
+  bool row_present[kM][2];
+#pragma unroll
+  for (int i = 0; i < kM; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = p.epilogue.weight_row(blockIdx.x, Shape::kColumns, first_row + 16 * i + 8 * half + lane / 4);
+      row_present[i][half] = row >= 0;
+      weight[i][half] = static_cast<const T*>(p.weight) + (row >= 0 ? row : 0) * p.weight_stride;
+    }
+  const T* x[kN];
+#pragma unroll
+  for (int j = 0; j < kN; ++j)
+    x[j] = static_cast<const T*>(p.x) + int64_t{min(8 * j + lane / 4, p.tokens - 1)} * p.x_stride;
+
+  float sums[kM][kN][4] = {};
+  const auto multiply = [&](const Vector(&w)[kM][2], const Vector(&v)[kN]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+        const uint32_t a[4] = {w[i][0].pairs[2 * half], w[i][1].pairs[2 * half], w[i][0].pairs[2 * half + 1],
+                               w[i][1].pairs[2 * half + 1]};
+#pragma unroll
+        for (int j = 0; j < kN; ++j) multiply_add<T>(sums[i][j], a, v[j].pairs[2 * half], v[j].pairs[2 * half + 1]);
+      }
+  };
+#pragma unroll kUnroll
+  for (int k = k0; k < p.depth + lane % 4 * 8; k += kStep) {  // the same number of steps in every lane
+    const bool inside = k < p.depth;
+    Vector w[kM][2], v[kN];
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        w[i][half] = inside && row_present[i][half] ? load_streaming(weight[i][half] + k) : Vector{};
+#pragma unroll
+    for (int j = 0; j < kN; ++j) v[j] = inside ? *reinterpret_cast<const Vector*>(x[j] + k) : Vector{};
+    multiply(w, v);
+  }
+
+  // Rows of the weight become columns of the sums.
+#pragma unroll
+  for (int i = 0; i < kM; ++i)
+#pragma unroll
+    for (int j = 0; j < kN; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int token = 8 * j + lane % 4 * 2 + e % 2, column = first_row + 16 * i + e / 2 * 8 + lane / 4;
+        partial[(depth_group * Shape::kTokens + token) * Shape::kStride + column] = sums[i][j][e];
+      }
+  __syncthreads();
+  constexpr int kOut = Shape::template kOutColumns<Epilogue>;
+  for (int i = threadIdx.x; i < Shape::kTokens * kOut; i += Shape::kThreads) {
+    const int token = i / kOut, c = i % kOut;
+    const auto total = [&](int column) {
+      float sum = 0;
+#pragma unroll
+      for (int g = 0; g < Shape::kDepthGroups; ++g)
+        sum += partial[(g * Shape::kTokens + token) * Shape::kStride + column];
+      return sum;
+    };
+    float value;
+    if constexpr (Epilogue::kPaired)
+      value = p.epilogue.combine(total(c / 8 * 16 + c % 8), total(c / 8 * 16 + c % 8 + 8));
+    else
+      value = total(c);
+    out[token * (kOut + kSumsPadding) + c] = value;
+  }
+  __syncthreads();
+  p.epilogue.template finish<T, Shape::kTokens, kOut, Shape::kThreads>(out, 0, p.tokens, blockIdx.x);
+}
+
+template <typename T, typename Shape, typename Epilogue>
+void launch_few_tokens(const char* operation, const GemmParameters<Epilogue>& p, Stream stream) {
+  launch<&few_tokens_gemm<T, Shape, Epilogue>>(operation, dim3(p.column_tiles), Shape::kThreads,
+                                               Shape::template shared_bytes<Epilogue>(), stream, p);
+}
+
+}  // namespace pop::cuda

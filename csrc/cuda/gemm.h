@@ -1,0 +1,254 @@
+#pragma once
+
+// sums [tokens, rows of the weight] = x weight^T on the tensor cores, a tile at a time, each tile handed to an
+// epilogue in float32.
+//
+// Both operands lie with the depth contiguous, as mma.m16n8k16 wants them. A ring of `stages` tiles 32 deep is filled
+// by cp.async; ldmatrix reads it, one step of 16 ahead of the multiplications. What an epilogue is:
+//
+//   kPaired                      pairs of columns of the tile become one: columns 16 i + j and 16 i + 8 + j, j < 8,
+//   combine(first, second)       whose sums one thread holds
+//   weight_row(tile, width, r)   which row of the weight row r of a tile's `width` is; -1 for none
+//   finish<T, ...>(sums, ...)    takes finished rows of sums from shared memory to where they belong
+
+#include <algorithm>
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <cute/swizzle_layout.hpp>
+
+#include "cuda/device.h"
+#include "cuda/numbers.h"
+
+namespace pop::cuda {
+
+template <typename T>
+using MultiplyAtom = std::conditional_t<std::is_same_v<T, bf16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                        cute::SM80_16x8x16_F32F16F16F32_TN>;
+
+template <typename T>
+__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  MultiplyAtom<T>::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
+}
+
+template <typename Epilogue>
+struct GemmParameters {
+  int tokens, depth;  // depth: a multiple of 8
+  const void* x;      // [tokens, depth]
+  int64_t x_stride;
+  const void* weight;  // [rows, depth]
+  int64_t weight_stride;
+  Epilogue epilogue;
+  int column_tiles = 0;
+  int stages = 0, split_depth = 0;  // blockIdx.y takes [y * split_depth, (y + 1) * split_depth) of the depth
+};
+
+inline constexpr int kTileDepth = 32;
+// float32 between rows of finished sums: rows of a store, a quarter warp each, then fall into different banks.
+inline constexpr int kSumsPadding = 8;
+
+constexpr int ceil_div(int64_t n, int64_t by) { return static_cast<int>((n + by - 1) / by); }
+
+/// kRows tokens by kColumns rows of the weight, of which each warp has a part.
+template <int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_>
+struct Tile {
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
+  static constexpr int kThreads = 32 * (kRows / kWarpRows) * (kColumns / kWarpColumns);
+  static constexpr int kBlocks = kWarpRows * kWarpColumns > 2048 ? 2 : 3;  // on a multiprocessor, as registers allow
+
+  template <typename Epilogue>
+  static constexpr int kOutColumns = Epilogue::kPaired ? kColumns / 2 : kColumns;
+  template <typename Epilogue>
+  static constexpr int shared_bytes(int stages) {
+    const int ring = stages * (kRows + kColumns) * kTileDepth * 2;
+    const int sums = kWarpRows * (kOutColumns<Epilogue> + kSumsPadding) * 4;
+    return std::max(ring, sums);
+  }
+};
+
+// An operand's tile in shared memory: rows of 64 bytes, whose four 16-byte chunks are permuted so that the eight rows
+// that ldmatrix reads at once, or cp.async writes, lie in different banks.
+using OperandAtom = decltype(cute::composition(
+    cute::Swizzle<2, 3, 3>{},
+    cute::Layout<cute::Shape<cute::_8, cute::Int<kTileDepth>>, cute::Stride<cute::Int<kTileDepth>, cute::_1>>{}));
+
+/// Where (row, k) of an operand's tile is, in elements.
+__device__ inline int operand_offset(int row, int k) { return row / 8 * (8 * kTileDepth) + OperandAtom{}(row % 8, k); }
+
+/// One thread's part of filling an operand's tile: chunk threadIdx.x % 4 of the rows threadIdx.x / 4 + i kThreads / 4.
+template <typename T, int kRows, int kThreads>
+struct OperandLoader {
+  static constexpr int kCount = kRows * (kTileDepth / 8) / kThreads, kRowStep = kThreads / (kTileDepth / 8);
+  static_assert(kCount >= 1 && kRowStep % 8 == 0);
+
+  const T* rows[kCount];
+  uint32_t present = 0;
+  int k, offset;
+
+  /// row(r) is the operand's row for row r of the tile, negative for none.
+  template <typename Row>
+  __device__ OperandLoader(const void* data, int64_t stride, Row&& row) {
+    const int first = threadIdx.x / (kTileDepth / 8);
+    k = threadIdx.x % (kTileDepth / 8) * 8;
+    offset = operand_offset(first, k);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t r = row(first + i * kRowStep);
+      present |= uint32_t{r >= 0} << i;
+      rows[i] = static_cast<const T*>(data) + (r >= 0 ? r * stride : 0) + k;
+    }
+  }
+
+  /// Starts the copies of columns [at, at + 32) to `shared`; zeros beyond `end` and for rows that are not there.
+  __device__ void fetch(T* shared, int at, int end) const {
+    const bool inside = at + k < end;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+          *reinterpret_cast<const cute::uint128_t*>(rows[i] + at),
+          *reinterpret_cast<cute::uint128_t*>(shared + offset + i * kRowStep * kTileDepth),
+          inside && (present >> i & 1));
+  }
+};
+
+__device__ inline void wait_for_copies(int stages) {
+  if (stages == 4)
+    cute::cp_async_wait<2>();
+  else
+    cute::cp_async_wait<1>();
+}
+
+template <typename T>
+__device__ inline void load_matrices(uint32_t (&to)[4], const T* from) {
+  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(from), to[0], to[1], to[2], to[3]);
+}
+
+template <typename T, typename Tile, typename Epilogue>
+__global__ __launch_bounds__(Tile::kThreads,
+                             Tile::kBlocks) void tile_gemm(const __grid_constant__ GemmParameters<Epilogue> p) {
+  constexpr int kM = Tile::kWarpRows / 16, kN = Tile::kWarpColumns / 16;
+  constexpr int kWarpsAcross = Tile::kColumns / Tile::kWarpColumns;
+  extern __shared__ __align__(128) unsigned char shared[];
+
+  // Tiles that run at the same time share rows of both operands in L2: columns advance after 16 tiles of tokens.
+  const int token_tiles = ceil_div(p.tokens, Tile::kRows), group = 16 * p.column_tiles;
+  const int first_tile = blockIdx.x / group * 16, height = min(16, token_tiles - first_tile);
+  const int token0 = (first_tile + static_cast<int>(blockIdx.x) % group % height) * Tile::kRows;
+  const int column_tile = static_cast<int>(blockIdx.x) % group / height;
+
+  const OperandLoader<T, Tile::kRows, Tile::kThreads> x(
+      p.x, p.x_stride, [&](int r) { return token0 + r < p.tokens ? int64_t{token0} + r : int64_t{-1}; });
+  const OperandLoader<T, Tile::kColumns, Tile::kThreads> weight(
+      p.weight, p.weight_stride, [&](int r) { return p.epilogue.weight_row(column_tile, Tile::kColumns, r); });
+  constexpr int kXElements = Tile::kRows * kTileDepth, kWeightElements = Tile::kColumns * kTileDepth;
+  T* const x_ring = reinterpret_cast<T*>(shared);
+  T* const weight_ring = x_ring + p.stages * kXElements;
+  const int begin = static_cast<int>(blockIdx.y) * p.split_depth, end = min(p.depth, begin + p.split_depth);
+  const int steps = ceil_div(end - begin, kTileDepth);
+  const auto fetch = [&](int stage, int step) {
+    if (step < steps) {
+      x.fetch(x_ring + stage * kXElements, begin + step * kTileDepth, end);
+      weight.fetch(weight_ring + stage * kWeightElements, begin + step * kTileDepth, end);
+    }
+    cute::cp_async_fence();
+  };
+  for (int stage = 0; stage < p.stages - 1; ++stage) fetch(stage, stage);
+
+  // What this lane points ldmatrix at. A: 16 tokens by 16 deep, its four matrices being tokens 0-7, 8-15 of k 0-7, then
+  // of k 8-15; B: 16 rows of the weight, k 0-7 and 8-15 of rows 0-7, then of rows 8-15.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_row = warp / kWarpsAcross * Tile::kWarpRows, warp_column = warp % kWarpsAcross * Tile::kWarpColumns;
+  int a_offset[2], b_offset[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    a_offset[half] = operand_offset(warp_row + lane % 16, 16 * half + lane / 16 * 8);
+    b_offset[half] = operand_offset(warp_column + lane % 8 + lane / 16 * 8, 16 * half + lane / 8 % 2 * 8);
+  }
+  uint32_t a[2][kM][4], b[2][kN][4];
+  float sums[kM][2 * kN][4] = {};
+  const auto load = [&](int half, int stage) {
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+      load_matrices(a[half][i], x_ring + stage * kXElements + a_offset[half] + i * 16 * kTileDepth);
+#pragma unroll
+    for (int j = 0; j < kN; ++j)
+      load_matrices(b[half][j], weight_ring + stage * kWeightElements + b_offset[half] + j * 16 * kTileDepth);
+  };
+  const auto multiply = [&](int half) {
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int j = 0; j < 2 * kN; ++j)
+        multiply_add<T>(sums[i][j], a[half][i], b[half][j / 2][j % 2 * 2], b[half][j / 2][j % 2 * 2 + 1]);
+  };
+
+  int read = 0, write = p.stages - 1;
+  wait_for_copies(p.stages);
+  __syncthreads();
+  load(0, 0);
+  for (int step = 0; step < steps; ++step) {
+    load(1, read);
+    fetch(write, step + p.stages - 1);  // into the stage whose last reader passed the barrier below
+    write = read;
+    multiply(0);
+    if (++read == p.stages) read = 0;
+    wait_for_copies(p.stages);
+    __syncthreads();
+    if (step + 1 < steps) load(0, read);
+    multiply(1);
+  }
+
+  // The ring is free: rows of finished sums go through it, those of one row of warps at a time.
+  cute::cp_async_wait<0>();
+  constexpr int kOut = Tile::template kOutColumns<Epilogue>, kStride = kOut + kSumsPadding;
+  float* const out = reinterpret_cast<float*>(shared);
+  for (int rows0 = 0; rows0 < Tile::kRows; rows0 += Tile::kWarpRows) {
+    __syncthreads();
+    if (warp_row == rows0) {
+#pragma unroll
+      for (int i = 0; i < kM; ++i)
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          float* const to = out + (16 * i + 8 * row + lane / 4) * kStride + lane % 4 * 2;
+          if constexpr (Epilogue::kPaired) {
+#pragma unroll
+            for (int j = 0; j < kN; ++j)
+              *reinterpret_cast<float2*>(to + warp_column / 2 + 8 * j) = {
+                  p.epilogue.combine(sums[i][2 * j][2 * row], sums[i][2 * j + 1][2 * row]),
+                  p.epilogue.combine(sums[i][2 * j][2 * row + 1], sums[i][2 * j + 1][2 * row + 1])};
+          } else {
+#pragma unroll
+            for (int j = 0; j < 2 * kN; ++j)
+              *reinterpret_cast<float2*>(to + warp_column + 8 * j) = {sums[i][j][2 * row], sums[i][j][2 * row + 1]};
+          }
+        }
+    }
+    __syncthreads();
+    p.epilogue.template finish<T, Tile::kWarpRows, kOut, Tile::kThreads>(out, token0 + rows0, p.tokens, column_tile);
+  }
+}
+
+/// Stages of the ring: three leave room for two blocks where a multiprocessor has 100 KiB of shared memory.
+inline int stages(const Device& device) { return device.shared_per_block >= 160 * 1024 ? 4 : 3; }
+
+/// Whether large tiles finish first: they multiply more for each byte, small ones fill the device more evenly.
+template <typename Large, typename Small>
+bool prefer_large(int64_t tokens, int column_tiles, const Device& device) {
+  const auto rounds = [&](int rows, int blocks) {
+    return ceil_div(int64_t{ceil_div(tokens, rows)} * column_tiles, device.multiprocessors * blocks);
+  };
+  return rounds(Large::kRows, Large::kBlocks) * 64 * Large::kBlocks <=
+         rounds(Small::kRows, Small::kBlocks) * 36 * Small::kBlocks;
+}
+
+/// Launches tile_gemm over all tokens and column tiles.
+template <typename T, typename Tile, typename Epilogue>
+void launch_tiles(const char* operation, GemmParameters<Epilogue>& p, int splits, int stages, Stream stream) {
+  p.stages = stages;
+  p.split_depth = ceil_div(ceil_div(p.depth, splits), kTileDepth) * kTileDepth;
+  const dim3 grid(ceil_div(p.tokens, Tile::kRows) * p.column_tiles, splits);
+  launch<&tile_gemm<T, Tile, Epilogue>>(operation, grid, Tile::kThreads, Tile::template shared_bytes<Epilogue>(stages),
+                                        stream, p);
+}
+
+}  // namespace pop::cuda

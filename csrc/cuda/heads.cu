@@ -1,0 +1,155 @@
+#include <bit>
+
+#include "cuda/few_tokens.h"
+#include "cuda/gemm.h"
+#include "cuda/heads.h"
+#include "cuda/sums.h"
+
+namespace pop::cuda {
+namespace {
+
+/// A tile holds whole heads. One thread takes eight columns of a head and the eight that RoPE pairs them with, the
+/// threads of a head being neighbouring lanes.
+struct FinishHeads {
+  static constexpr bool kPaired = false;
+
+  Heads h;
+  int block_shift;  // log2 of the caches' block size, -1 if that is no power of two
+
+  __device__ int heads_per_layer() const { return h.query_heads + 2 * h.kv_heads; }
+
+  __device__ int64_t weight_row(int tile, int width, int r) const {
+    const int64_t row = int64_t{tile} * width + r;
+    return row < int64_t{h.layers} * heads_per_layer() * h.head_size ? row : -1;
+  }
+
+  template <typename T>
+  __device__ T* cache_row(const PagedCache& cache, int64_t layer_offset, int64_t slot, int head) const {
+    const int64_t block = block_shift >= 0 ? slot >> block_shift : slot / cache.block_size;
+    return static_cast<T*>(cache.data) + layer_offset + block * cache.block_stride +
+           (slot - block * cache.block_size) * cache.token_stride + head * cache.head_stride;
+  }
+
+  template <typename T, int kRows, int kColumns, int kThreads>
+  __device__ void finish(const float* sums, int token0, int tokens, int tile) const {
+    const int lanes = h.head_size / 16, half = h.head_size / 2;  // lanes of a head: 2, 4, 8 or 16
+    for (int unit = threadIdx.x; unit < kRows * (kColumns / 16); unit += kThreads) {
+      const int row = unit / (kColumns / 16), in_row = unit % (kColumns / 16), token = token0 + row;
+      const int in_tile = in_row / lanes, chunk = in_row % lanes;
+      const int head = tile * (kColumns / h.head_size) + in_tile;
+      const int layer = head / heads_per_layer(), of_layer = head % heads_per_layer();
+      const bool present = token < tokens && layer < h.layers;  // others still take part in shuffles
+      const bool is_query = of_layer < h.query_heads, is_value = of_layer >= h.query_heads + h.kv_heads;
+
+      const float* const from = sums + row * (kColumns + kSumsPadding) + in_tile * h.head_size;
+      float low[8], high[8];
+      load_sums(low, from, chunk);
+      load_sums(high, from + half, chunk);
+      if (present && h.row_scale) {
+        const float scale = h.row_scale[token];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) low[i] *= scale, high[i] *= scale;
+      }
+      if (present && h.bias) {
+        const T* const bias = static_cast<const T*>(h.bias) + int64_t{head} * h.head_size + 8 * chunk;
+        add<T>(low, *reinterpret_cast<const Vector*>(bias));
+        add<T>(high, *reinterpret_cast<const Vector*>(bias + half));
+      }
+      float squares = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += low[i] * low[i] + high[i] * high[i];
+      for (int o = lanes / 2; o > 0; o /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, o);
+      if (!present) continue;
+
+      const float* norm = is_query ? h.q_norm : is_value || !h.k_norm ? nullptr : h.k_norm + layer * h.head_size;
+      if (norm) {
+        const float scale = rsqrtf(squares / h.head_size + h.eps);
+        multiply(low, scale, norm + 8 * chunk);
+        multiply(high, scale, norm + half + 8 * chunk);
+      }
+      if (!is_value) {
+        const int64_t rope = h.rope_index ? h.rope_index[layer] : 0;
+        const int64_t at = (rope * tokens + token) * half + 8 * chunk;
+        float c[8], s[8];
+        unpack(load_floats(h.cos + at), c);
+        unpack(load_floats(h.sin + at), s);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float first = low[i], second = high[i];
+          low[i] = first * c[i] - second * s[i];
+          high[i] = second * c[i] + first * s[i];
+        }
+      }
+      T* to;
+      if (is_query) {
+        to = static_cast<T*>(h.query) + (int64_t{token} * h.query_heads + of_layer) * h.head_size;
+      } else {
+        const int64_t slot = h.slots[token];
+        if (slot < 0) continue;
+        const int kv_head = (of_layer - h.query_heads) % h.kv_heads;
+        to = is_value ? cache_row<T>(h.values, layer * h.value_layer_stride, slot, kv_head)
+                      : cache_row<T>(h.keys, layer * h.key_layer_stride, slot, kv_head);
+      }
+      *reinterpret_cast<Vector*>(to + 8 * chunk) = pack<T>(low);
+      *reinterpret_cast<Vector*>(to + half + 8 * chunk) = pack<T>(high);
+    }
+  }
+
+  __device__ static void multiply(float (&v)[8], float scale, const float* gains) {
+    float g[8];
+    unpack(load_floats(gains), g);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= scale * g[i];
+  }
+};
+
+template <typename T>
+void run(const char* operation, GemmParameters<FinishHeads>& p, Stream stream) {
+  const Heads& h = p.epilogue.h;
+  const int64_t rows = int64_t{h.layers} * (h.query_heads + 2 * h.kv_heads) * h.head_size;
+  if (p.tokens <= kFewTokens) {
+    const int columns = std::max(h.head_size, 64);
+    p.column_tiles = ceil_div(rows, columns);
+    const bool very_few = p.tokens <= 16;
+    if (columns == 64)
+      very_few ? launch_few_tokens<T, FewTokens<16, 64>>(operation, p, stream)
+               : launch_few_tokens<T, FewTokens<64, 64>>(operation, p, stream);
+    else if (columns == 128)
+      very_few ? launch_few_tokens<T, FewTokens<16, 128>>(operation, p, stream)
+               : launch_few_tokens<T, FewTokens<64, 128>>(operation, p, stream);
+    else
+      very_few ? launch_few_tokens<T, FewTokens<16, 256>>(operation, p, stream)
+               : launch_few_tokens<T, FewTokens<64, 256>>(operation, p, stream);
+    return;
+  }
+  const Device device = current_device(operation);
+  if (h.head_size > 128) {
+    p.column_tiles = ceil_div(rows, 256);
+    launch_tiles<T, Tile<64, 256, 64, 64>>(operation, p, 1, stages(device), stream);
+    return;
+  }
+  using Large = Tile<128, 128, 64, 64>;
+  using Small = Tile<64, 128, 32, 64>;
+  p.column_tiles = ceil_div(rows, 128);
+  if (prefer_large<Large, Small>(p.tokens, p.column_tiles, device))
+    launch_tiles<T, Large>(operation, p, 1, stages(device), stream);
+  else
+    launch_tiles<T, Small>(operation, p, 1, stages(device), stream);
+}
+
+}  // namespace
+
+void project_heads(const char* operation, DType dtype, int64_t tokens, int64_t depth, const void* x, int64_t x_stride,
+                   const void* weight, const Heads& h, Stream stream) {
+  const auto block_size = static_cast<uint64_t>(h.keys.block_size);
+  GemmParameters<FinishHeads> p{.tokens = static_cast<int>(tokens),
+                                .depth = static_cast<int>(depth),
+                                .x = x,
+                                .x_stride = x_stride,
+                                .weight = weight,
+                                .weight_stride = depth,
+                                .epilogue = {h, std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1}};
+  dtype == DType::kBFloat16 ? run<bf16>(operation, p, stream) : run<fp16>(operation, p, stream);
+}
+
+}  // namespace pop::cuda

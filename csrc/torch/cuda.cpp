@@ -1,0 +1,174 @@
+// The operations on CUDA tensors: libpop_cuda.so, which Python loads only where there is a CUDA runtime.
+//
+// On the software CUDA device the runtime is csrc/emulator's, and tensors are the CPU's: device memory is host memory.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "torch/arguments.h"
+
+extern "C" {
+// torch's, where it is built with CUDA.
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+// The software device's, where that is the runtime: its mark, and how memory that kernels may use is made known to it.
+__attribute__((weak)) void* pop_emulator_load(const char* text, size_t bytes);
+__attribute__((weak)) int pop_emulator_register(void* base, size_t bytes, int written, const char* name);
+__attribute__((weak)) int pop_emulator_unregister(const void* base);
+}
+
+namespace pop {
+namespace {
+
+using arguments::OptionalTensor;
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+bool emulated() { return pop_emulator_load != nullptr; }
+
+Stream emulated_stream = nullptr;
+std::vector<Tensor> emulated_workspaces;  // of the calls on that stream, which may be captured and run again later
+
+const arguments::Backend& backend() {
+  static const arguments::Backend software{DeviceType::CPU, false, true, true, true};
+  return emulated() ? software : arguments::kCuda;
+}
+
+/// Makes the tensors' device current, as long as it lives, and knows its stream.
+class Current {
+ public:
+  explicit Current(const Tensor& t) {
+    if (emulated()) {
+      stream_ = emulated_stream;
+      return;
+    }
+    guard_.emplace(t.get_device_index());
+    if (!aoti_torch_get_current_cuda_stream)
+      arguments::fail("pop: this torch has no CUDA (" __FILE__
+                      " was loaded without it); install a CUDA build of torch");
+    void* stream;
+    if (aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) != AOTI_TORCH_SUCCESS)
+      arguments::fail("pop: torch does not tell the current CUDA stream");
+    stream_ = static_cast<Stream>(stream);
+  }
+
+  Stream stream() const { return stream_; }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  Stream stream_ = nullptr;
+};
+
+/// An output or workspace that a kernel writes first.
+void introduce(const Tensor& t, const char* name) {
+  if (emulated() && pop_emulator_register && t.numel() > 0)
+    pop_emulator_register(t.mutable_data_ptr(), t.numel() * t.element_size(), 0, name);
+}
+
+void forget(const Tensor& t) {
+  if (pop_emulator_unregister) pop_emulator_unregister(t.const_data_ptr());
+}
+
+/// Device memory for the time of one call, from torch's allocator.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t bytes) {
+    if (bytes == 0) return;
+    tensor_ = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    introduce(*tensor_, "workspace");
+  }
+  ~Workspace() {
+    if (!tensor_ || !emulated()) return;
+    if (emulated_stream)
+      emulated_workspaces.push_back(*tensor_);
+    else
+      forget(*tensor_);
+  }
+  void* data() const { return tensor_ ? tensor_->mutable_data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual) {
+  auto [p, y] = arguments::rms_norm(backend(), x, weight, eps, residual);
+  const Current current(x);
+  introduce(y, "y");
+  cuda::rms_norm(p, current.stream());
+  return y;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+              const std::optional<ScalarType>& out_dtype) {
+  auto [p, y] = arguments::linear(backend(), x, weight, bias, residual, out_dtype);
+  const Current current(x);
+  introduce(y, "y");
+  const Workspace workspace(x, cuda::linear_workspace(p));
+  cuda::linear(p, workspace.data(), current.stream());
+  return y;
+}
+
+Tensor gated_linear(const Tensor& x, const Tensor& gate_up_weight, const std::string& activation) {
+  auto [p, y] = arguments::gated_linear(backend(), x, gate_up_weight, activation);
+  const Current current(x);
+  introduce(y, "y");
+  cuda::gated_linear(p, current.stream());
+  return y;
+}
+
+Tensor qkv_project(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& q_norm,
+                   const OptionalTensor& k_norm, double eps, const Tensor& cos, const Tensor& sin, const Tensor& slots,
+                   const Tensor& key_cache, const Tensor& value_cache) {
+  auto [p, query] =
+      arguments::qkv_project(backend(), x, weight, bias, q_norm, k_norm, eps, cos, sin, slots, key_cache, value_cache);
+  const Current current(x);
+  introduce(query, "query");
+  cuda::qkv_project(p, current.stream());
+  return query;
+}
+
+Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
+                 const Tensor& query_starts, const Tensor& context_lens, int64_t max_query_len, int64_t max_context_len,
+                 double scale, int64_t window, const OptionalTensor& spans) {
+  auto [p, out] = arguments::attention(backend(), query, key_cache, value_cache, block_tables, query_starts,
+                                       context_lens, max_query_len, max_context_len, scale, window, spans);
+  const Current current(query);
+  introduce(out, "out");
+  const Workspace workspace(query, cuda::attention_workspace(p));
+  cuda::attention(p, workspace.data(), current.stream());
+  return out;
+}
+
+void project_kv(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& k_norm,
+                double eps, const Tensor& cos, const Tensor& sin, const Tensor& rope_index, const Tensor& slots,
+                const Tensor& key_caches, const Tensor& value_caches) {
+  const ProjectKv p = arguments::project_kv(backend(), hidden, weight, bias, k_norm, eps, cos, sin, rope_index, slots,
+                                            key_caches, value_caches);
+  const Current current(hidden);
+  const Workspace workspace(hidden, cuda::project_kv_workspace(p));
+  cuda::project_kv(p, workspace.data(), current.stream());
+}
+
+}  // namespace
+}  // namespace pop
+
+/// The stream of every later call on the software device; null is the default one. Workspaces of calls on another
+/// stream live until this is called again.
+extern "C" __attribute__((visibility("default"))) void pop_cuda_set_emulated_stream(void* stream) {
+  for (const auto& t : pop::emulated_workspaces) pop::forget(t);
+  pop::emulated_workspaces.clear();
+  pop::emulated_stream = static_cast<pop::Stream>(stream);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) {
+  m.impl("rms_norm", TORCH_BOX(&pop::rms_norm));
+  m.impl("linear", TORCH_BOX(&pop::linear));
+  m.impl("gated_linear", TORCH_BOX(&pop::gated_linear));
+  m.impl("qkv_project", TORCH_BOX(&pop::qkv_project));
+  m.impl("attention", TORCH_BOX(&pop::attention));
+  m.impl("project_kv", TORCH_BOX(&pop::project_kv));
+}
