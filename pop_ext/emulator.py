@@ -175,9 +175,7 @@ def _cuda_operations() -> ctypes.CDLL:
 
 
 class _Operations:
-    """`torch.ops.pop` with its CUDA kernels on this device: takes CPU tensors, which are the device's own memory for the
-    time of a call.
-    """
+    """`torch.ops.pop` with its CUDA kernels on this device: takes CPU tensors, as the device's memory is the host's."""
 
     def __getattr__(self, name: str):
         import torch

@@ -6,9 +6,9 @@ hidden size, Hq and Hkv heads, E head size, F intermediate size, S sequences.
 
 Activations, weights and caches are all of one dtype, float32 or bfloat16 on the CPU, bfloat16 or float16 on CUDA; sums,
 softmax, gains, cos and sin are float32. The last dimension of every tensor is contiguous. On CUDA, rows start at
-multiples of 16 bytes, hidden sizes are multiples of 8, and heads have 32, 64, 128 or 256 elements; what index tensors hold
-(slots, block_tables, query_starts, context_lens, rope_index) is not looked at there, as that would wait for the device.
-Bad arguments raise RuntimeError naming the argument, what it was and what was expected.
+multiples of 16 bytes, hidden sizes are multiples of 8, and heads have 32, 64, 128 or 256 elements; what index tensors
+(slots, block_tables, query_starts, context_lens, rope_index) hold is not looked at there, as that would wait for the
+device. Bad arguments raise RuntimeError naming the argument, what it was and what was expected.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _load_cuda() -> str | None:
         torch.ops.load_library(CUDA_LIBRARY)
     except OSError as error:
         return (
-            f"{CUDA_LIBRARY.name} cannot be loaded ({error}); it needs libcudart.so.13, which a torch built for CUDA 13 "
-            f"brings along (this one is for CUDA {torch.version.cuda})"
+            f"{CUDA_LIBRARY.name} cannot be loaded ({error}); it needs libcudart.so.13, which comes with a torch for "
+            f"CUDA 13 (this one is for {torch.version.cuda})"
         )
     return None
 
@@ -57,8 +57,8 @@ def make_way_for_cuda() -> None:
 
 
 def build_info() -> dict:
-    """What this library was built with, and what it runs on here; "cuda": whether CUDA kernels were built, "cuda_loaded":
-    whether this torch runs them.
+    """What this library was built with, and what it runs on here. "cuda": CUDA kernels were built; "cuda_loaded": this
+    torch runs them.
     """
     return _C.build_info() | {
         "cpu_isas": cpu_isas(),
@@ -88,8 +88,8 @@ def _fake(function):
 
     def on_cuda(*args, **kwargs):
         raise NotImplementedError(
-            f"pop::{function.__name__}: {parameters[0]} is on a CUDA device, but {_why_no_cuda}; or move the tensors to "
-            "the CPU"
+            f"pop::{function.__name__}: {parameters[0]} is on a CUDA device, but {_why_no_cuda}; "
+            "or move the tensors to the CPU"
         )
 
     if _no_cuda:

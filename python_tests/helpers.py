@@ -189,3 +189,49 @@ def real_model(name: str) -> Path:
         if gguf.is_relative_to(models):
             gguf.unlink()  # assembled here from parts
     return folder
+
+
+# The CUDA operations.
+
+
+class GpuOperations:
+    """torch.ops.pop for CPU tensors, on the GPU: copies arguments there, as they are laid out, and all of them back."""
+
+    def __getattr__(self, name: str):
+        operation = getattr(torch.ops.pop, name)
+
+        def call(*args, **kwargs):
+            moved = {}
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, torch.Tensor) and value.numel():
+                    extent = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+                    offset = value.data_ptr() % 64 // value.element_size()
+                    memory = torch.empty(offset + extent, dtype=value.dtype, device="cuda")
+                    moved[id(value)] = memory.as_strided(value.shape, value.stride(), offset).copy_(value)
+            on_gpu = lambda value: moved.get(id(value), value.cuda() if isinstance(value, torch.Tensor) else value)  # noqa: E731
+            output = operation(*map(on_gpu, args), **{key: on_gpu(value) for key, value in kwargs.items()})
+            for value in (*args, *kwargs.values()):
+                if id(value) in moved:
+                    value.copy_(moved[id(value)])
+            return output if output is None else output.cpu()
+
+        return call
+
+
+def cuda_operations():
+    """torch.ops.pop's CUDA kernels for CPU tensors: on the GPU where there is one, else on the software device; skips
+    where they were not built.
+    """
+    from pop_ext import emulator, ops
+
+    if not ops.CUDA_LIBRARY.exists():
+        pytest.skip(f"{ops.CUDA_LIBRARY} is not there: pop_ext was built without nvcc or the package nvidia-cutlass")
+    if torch.cuda.is_available():
+        return GpuOperations()
+    try:
+        emulator.library_path()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    if torch.version.cuda is not None:
+        pytest.skip("no GPU, and the CUDA runtime of this torch cannot be displaced by the software device's")
+    return emulator.ops

@@ -36,6 +36,8 @@ class Draw:
     contiguous), except for what the operations want contiguous: gains, rotations, indices and the weights of
     projections into heads. `positive`: no cancellation, for outputs so few that one near zero would decide."""
 
+    offset, padding = 3, 5  # of a strided row in its buffer, in elements
+
     def __init__(self, seed: int, dtype: torch.dtype, strided: bool = False, positive: bool = False):
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype, self.strided, self.positive = dtype, strided, positive
@@ -50,8 +52,8 @@ class Draw:
     def lay(self, values: torch.Tensor) -> torch.Tensor:
         if not self.strided or values.dim() < 2:
             return values
-        wide = torch.full((*values.shape[:-1], values.shape[-1] + 5), float("nan"), dtype=values.dtype)
-        view = wide[..., 3 : 3 + values.shape[-1]]
+        wide = torch.full((*values.shape[:-1], values.shape[-1] + self.padding), float("nan"), dtype=values.dtype)
+        view = wide[..., self.offset : self.offset + values.shape[-1]]
         return view.copy_(values)
 
     def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:

@@ -112,7 +112,21 @@ class Checker {
       fail(name, "laid out with strides " + shape_text(strides.data(), strides.size()),
            contiguous ? "contiguous memory" : "a contiguous last dimension");
     }
-    if (backend_.vectors && vectors && (type == scalar_ || type == ScalarType::Float)) aligned(name, t);
+    if (vectors && (type == scalar_ || type == ScalarType::Float)) aligned(name, t);
+  }
+
+  /// That the backend's vectors can read the rows.
+  void aligned(const char* name, const Tensor& t) const {
+    constexpr int64_t kBytes = 16;
+    if (!backend_.vectors || t.numel() == 0) return;
+    const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    if (address % kBytes) fail(name, "at an address of 16 n + " + std::to_string(address % kBytes), "16 n on CUDA");
+    const auto sizes = t.sizes(), strides = t.strides();
+    const int64_t element = t.scalar_type() == ScalarType::Float ? 4 : 2;
+    for (size_t i = 0; i + 1 < sizes.size(); ++i)
+      if (sizes[i] > 1 && strides[i] * element % kBytes)
+        fail(name, "laid out with strides " + shape_text(strides.data(), strides.size()),
+             "rows that start every 16 n bytes on CUDA");
   }
 
   template <typename T>
@@ -154,19 +168,6 @@ class Checker {
   }
 
  private:
-  void aligned(const char* name, const Tensor& t) const {
-    constexpr int64_t kBytes = 16;
-    if (t.numel() == 0) return;
-    const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    if (address % kBytes) fail(name, "at an address of 16 n + " + std::to_string(address % kBytes), "16 n on CUDA");
-    const auto sizes = t.sizes(), strides = t.strides();
-    const int64_t element = t.scalar_type() == ScalarType::Float ? 4 : 2;
-    for (size_t i = 0; i + 1 < sizes.size(); ++i)
-      if (sizes[i] > 1 && strides[i] * element % kBytes)
-        fail(name, "laid out with strides " + shape_text(strides.data(), strides.size()),
-             "rows that start every 16 n bytes on CUDA");
-  }
-
   static std::string shape_expected(std::initializer_list<int64_t> shape, const char* names) {
     std::ostringstream out;
     out << names << " = [";
@@ -199,10 +200,11 @@ Call<RmsNorm> rms_norm(const Backend& backend, const Tensor& x, const Tensor& we
                        const OptionalTensor& residual) {
   Checker check("rms_norm", backend);
   check.multiplied("x", x);
-  check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, D]");
+  check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, D]", false, false);
   const int64_t tokens = x.size(0), hidden = x.size(1);
   check.require(hidden > 0, "x's hidden size D", hidden, "1 or more");
   check.vectors("x's hidden size D", hidden);
+  check.aligned("x", x);
   check.countable("x's number of tokens T", tokens);
   check.tensor("weight", weight, ScalarType::Float, {hidden}, "[D]", true);
   if (residual) check.tensor("residual", *residual, check.scalar(), {tokens, hidden}, "[T, D]");
@@ -218,9 +220,10 @@ Call<Linear> linear(const Backend& backend, const Tensor& x, const Tensor& weigh
                     const OptionalTensor& residual, const std::optional<ScalarType>& out_dtype) {
   Checker check("linear", backend);
   check.multiplied("x", x);
-  check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, K]");
+  check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, K]", false, false);
   const int64_t tokens = x.size(0), in = x.size(1);
   check.vectors("x's size K", in);
+  check.aligned("x", x);
   check.countable("x's number of tokens T", tokens);
   check.tensor("weight", weight, check.scalar(), {kAny, in}, "[N, K]");
   const int64_t out = weight.size(0);
@@ -240,9 +243,10 @@ Call<GatedLinear> gated_linear(const Backend& backend, const Tensor& x, const Te
                                const std::string& activation) {
   Checker check("gated_linear", backend);
   check.multiplied("x", x);
-  check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, D]");
+  check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, D]", false, false);
   const int64_t tokens = x.size(0), in = x.size(1);
   check.vectors("x's hidden size D", in);
+  check.aligned("x", x);
   check.countable("x's number of tokens T", tokens);
   check.tensor("gate_up_weight", weight, check.scalar(), {kAny, in}, "[2 F, D]");
   check.require(weight.size(0) % 2 == 0, "gate_up_weight's number of rows", weight.size(0),
@@ -263,9 +267,10 @@ Call<QkvProject> qkv_project(const Backend& backend, const Tensor& x, const Tens
                              const Tensor& value_cache) {
   Checker check("qkv_project", backend);
   check.multiplied("x", x);
-  check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, D]");
+  check.tensor("x", x, check.scalar(), {kAny, kAny}, "[T, D]", false, false);
   const int64_t tokens = x.size(0), in = x.size(1);
   check.vectors("x's hidden size D", in);
+  check.aligned("x", x);
   check.countable("x's number of tokens T", tokens);
   const PagedCache keys =
       check.cache("key_cache", key_cache, 0, {kAny, kAny, kAny, kAny}, "[blocks, block_size, Hkv, E]");
@@ -359,10 +364,11 @@ ProjectKv project_kv(const Backend& backend, const Tensor& hidden, const Tensor&
                      const Tensor& value_caches) {
   Checker check("project_kv", backend);
   check.multiplied("hidden", hidden);
-  check.tensor("hidden", hidden, check.scalar(), {kAny, kAny}, "[T, D]");
+  check.tensor("hidden", hidden, check.scalar(), {kAny, kAny}, "[T, D]", false, false);
   const int64_t tokens = hidden.size(0), in = hidden.size(1);
   check.require(in > 0, "hidden's size D", in, "1 or more");
   check.vectors("hidden's size D", in);
+  check.aligned("hidden", hidden);
   check.countable("hidden's number of tokens T", tokens);
   check.tensor("weight", weight, check.scalar(), {kAny, kAny, in}, "[R, 2 Hkv E, D]", true);
   const int64_t layers = weight.size(0), rows = weight.size(1);
