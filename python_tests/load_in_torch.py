@@ -1,6 +1,11 @@
-"""Runs every operation of the compiled library in whatever torch this Python has, against the float64 reference."""
+"""Runs every operation of the compiled library in whatever torch this Python has, against the float64 reference; in a
+torch with CUDA, loads the CUDA library as well.
+"""
 
+import ctypes
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,3 +62,28 @@ for name, arguments in cases.items():
     error = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
     print(f"  {name}: error {error:.1e}")
     assert error < 1e-5, name
+
+# The CUDA library beside it: in a torch with CUDA everything it asks for must be found, GPU or not.
+cuda = root / "pop_ext" / "libpop_cuda.so"
+if torch.version.cuda and cuda.exists():
+    torch.ops.load_library(cuda)
+    handle = ctypes.CDLL(str(cuda), mode=os.RTLD_NOW)  # every symbol that is not weak, now
+    assert handle.aoti_torch_get_current_cuda_stream, "the weak one, by which kernels find their stream"
+    undefined = subprocess.run(
+        ["nm", "-D", "--undefined-only", cuda], capture_output=True, text=True, check=True
+    ).stdout
+    names = {line.split()[-1].split("@")[0] for line in undefined.splitlines()}
+    software = {name for name in names if name.startswith("pop_emulator_")}  # the software device's, not to be here
+    weak = {"__cxa_finalize", "__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+    missing = {name for name in names - software - weak if not hasattr(handle, name)}
+    assert not missing and not any(hasattr(handle, name) for name in software), missing
+    for name in cases:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pop::{name}", "CUDA"), name
+    print(f"torch {torch.__version__} (CUDA {torch.version.cuda}) loads {cuda.name}: {len(names)} symbols found")
+    if torch.cuda.is_available():
+        x, weight = torch.randn(70, 96).half().cuda(), torch.randn(64, 96).half().cuda()
+        error = (torch.ops.pop.linear(x, weight) - x @ weight.T).abs().max()
+        print(f"  linear on {torch.cuda.get_device_name()}: largest difference from torch {error:.1e}")
+        assert error < 0.1
+else:
+    print(f"the CUDA library is not tried: {'not built' if torch.version.cuda else 'this torch has no CUDA'}")
