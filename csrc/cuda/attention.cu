@@ -7,7 +7,7 @@
 // Where blocks are fewer than the device holds, they share the context out, and a second kernel adds up their parts in
 // a fixed order.
 
-#include "pop/attention.h"
+#include <cutlass/fast_math.h>
 
 #include <algorithm>
 #include <climits>
@@ -16,10 +16,10 @@
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/swizzle_layout.hpp>
-#include <cutlass/fast_math.h>
 
 #include "cuda/device.h"
 #include "cuda/numbers.h"
+#include "pop/attention.h"
 
 namespace pop::cuda {
 namespace {
@@ -143,9 +143,7 @@ __device__ inline bool find_rows(const Parameters& p, Rows& r) {
     // Sequence s has the blocks from floor(rows before it / kRows) + s on: enough, as each sequence leaves at most one
     // block unfilled. The last blocks come first, as they see the most keys.
     const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
-    const auto first_block = [&](int s) {
-      return static_cast<int>(int64_t{p.query_starts[s]} * group / C::kRows) + s;
-    };
+    const auto first_block = [&](int s) { return static_cast<int>(int64_t{p.query_starts[s]} * group / C::kRows) + s; };
     r.sequence = 0;
     for (int end = p.sequences; end - r.sequence > 1;) {
       const int middle = (r.sequence + end) / 2;
@@ -439,7 +437,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
 #pragma unroll
       for (int n = 0; n < kValueTiles; ++n)
         *reinterpret_cast<float2*>(parts + row * C::kSumStride + 8 * n + lane % 4 * 2) = {values[0][n][2 * half],
-                                                                                       values[0][n][2 * half + 1]};
+                                                                                          values[0][n][2 * half + 1]};
       if (lane % 4 == 0) stats[row] = {largest[0][half], sums[0][2 * half]};
     }
     __syncthreads();
@@ -479,8 +477,8 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
         const float factor = 1.0f / sums[m][2 * half];
 #pragma unroll
         for (int n = 0; n < kValueTiles; ++n)
-          *reinterpret_cast<uint32_t*>(
-              queries + QueryTile::offset(first + 16 * m + 8 * half + lane / 4, 8 * n + lane % 4 * 2)) =
+          *reinterpret_cast<uint32_t*>(queries +
+                                       QueryTile::offset(first + 16 * m + 8 * half + lane / 4, 8 * n + lane % 4 * 2)) =
               pack<T>(values[m][n][2 * half] * factor, values[m][n][2 * half + 1] * factor);
       }
     __syncwarp();
