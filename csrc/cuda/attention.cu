@@ -7,7 +7,7 @@
 // Where blocks are fewer than the device holds, they share the context out, and a second kernel adds up their parts in
 // a fixed order.
 
-#include <cutlass/fast_math.h>
+#include "pop/attention.h"
 
 #include <algorithm>
 #include <climits>
@@ -16,10 +16,10 @@
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/swizzle_layout.hpp>
+#include <cutlass/fast_math.h>
 
 #include "cuda/device.h"
 #include "cuda/numbers.h"
-#include "pop/attention.h"
 
 namespace pop::cuda {
 namespace {
@@ -54,19 +54,22 @@ struct Parameters {
 /// 16-byte chunks are permuted so that the eight rows ldmatrix reads at once lie in different banks.
 template <int kRows, int kHeadSize>
 struct Tile {
-  static constexpr int kWidth = kHeadSize < 64 ? kHeadSize : 64, kElements = kRows * kHeadSize;
+  static constexpr int kWidth = kHeadSize < 64 ? kHeadSize : 64, kBytes = kRows * kHeadSize * 2;
   using Atom = decltype(cute::composition(
       cute::Swizzle<(kWidth == 64 ? 3 : 2), 3, 3>{},
       cute::Layout<cute::Shape<cute::_8, cute::Int<kWidth>>, cute::Stride<cute::Int<kWidth>, cute::_1>>{}));
   using Layout = decltype(cute::tile_to_shape(Atom{}, cute::Shape<cute::Int<kRows>, cute::Int<kHeadSize>>{}));
 
-  __device__ static int offset(int row, int element) { return Layout{}(row, element); }
+  /// Where (row, element) is, in bytes.
+  __device__ static int offset(int row, int element) { return Layout{}(row, element) * 2; }
 
   /// From the offset of (row, element), element < 16: that of (row + rows, element + elements), for multiples of 8
   /// rows and 16 elements.
   __device__ static int step(int offset, int rows, int elements) {
-    return (offset ^ (elements % kWidth)) + (elements / kWidth * kRows + rows) * kWidth;
+    return (offset ^ (elements % kWidth * 2)) + (elements / kWidth * kRows + rows) * kWidth * 2;
   }
+  /// From the offset of (row, element): that of (row + rows, element), where row and rows have no bit in common.
+  __device__ static int step(int offset, int rows) { return (offset ^ (rows % 8 * 16)) + rows * kWidth * 2; }
 };
 
 template <typename T_, int kHeadSize_, bool kNarrow_>
@@ -84,7 +87,7 @@ struct Config {
 
   using QueryTile = Tile<kRows, kHeadSize>;
   using KeyTile = Tile<kKeys, kHeadSize>;
-  static constexpr int kSharedBytes = 2 * (QueryTile::kElements + kStages * KeyTile::kElements);
+  static constexpr int kSharedBytes = QueryTile::kBytes + kStages * KeyTile::kBytes;
 
   // How a warp copies rows: a lane 16 bytes, so many rows at a time.
   static constexpr int kChunks = kHeadSize / 8, kPassRows = 32 / kChunks;
@@ -103,21 +106,24 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint3
   Atom::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
 }
 
-template <typename T>
-__device__ inline void load_matrices(uint32_t (&to)[4], const T* from) {
+__device__ inline void load_matrices(uint32_t (&to)[4], const unsigned char* from) {
   cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(from), to[0], to[1], to[2], to[3]);
 }
 
-template <typename T>
-__device__ inline void load_transposed(uint32_t (&to)[4], const T* from) {
+__device__ inline void load_transposed(uint32_t (&to)[4], const unsigned char* from) {
   cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t*>(from), to[0], to[1], to[2], to[3]);
 }
 
 /// Starts a copy of 16 bytes; zeros instead, and nothing is read, where they are not `wanted`.
-template <typename T>
-__device__ inline void copy_async(T* to, const T* from, bool wanted) {
+__device__ inline void copy_async(unsigned char* to, const void* from, bool wanted) {
   cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(*reinterpret_cast<const cute::uint128_t*>(from),
                                                                *reinterpret_cast<cute::uint128_t*>(to), wanted);
+}
+
+/// A value to be held in a register: the compiler would work it out anew in every round of a loop.
+__device__ inline int held(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 __device__ inline float exp2_approx(float x) {
@@ -143,7 +149,9 @@ __device__ inline bool find_rows(const Parameters& p, Rows& r) {
     // Sequence s has the blocks from floor(rows before it / kRows) + s on: enough, as each sequence leaves at most one
     // block unfilled. The last blocks come first, as they see the most keys.
     const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
-    const auto first_block = [&](int s) { return static_cast<int>(int64_t{p.query_starts[s]} * group / C::kRows) + s; };
+    const auto first_block = [&](int s) {
+      return static_cast<int>(int64_t{p.query_starts[s]} * group / C::kRows) + s;
+    };
     r.sequence = 0;
     for (int end = p.sequences; end - r.sequence > 1;) {
       const int middle = (r.sequence + end) / 2;
@@ -190,8 +198,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   constexpr int kHeadSize = C::kHeadSize, kRowTiles = C::kRowTiles;
   constexpr int kKeyTiles = C::kWarpKeys / 8, kValueTiles = kHeadSize / 8;  // of 8 columns, of scores and of values
   extern __shared__ __align__(128) unsigned char shared[];
-  T* const queries = reinterpret_cast<T*>(shared);
-  T* const ring = queries + QueryTile::kElements;
+  constexpr int kRing = QueryTile::kBytes;  // queries, then the ring of tiles
 
   Rows rows;
   if (!find_rows<C>(p, rows)) return;
@@ -210,69 +217,72 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   const int first_tile = tiles_begin + static_cast<int>(blockIdx.z) * split_tiles;
   const int last_tile = min(first_tile + split_tiles, tiles_begin + tiles);
 
-  // Copies. A lane has chunk lane % kChunks of rows lane / kChunks + i * kPassRows.
+  // Copies: a lane has the 16 bytes from element `chunk` on of rows chunk_row + i * kPassRows of a warp's.
   const int chunk = lane % C::kChunks * 8, chunk_row = lane / C::kChunks;
+  const int copy_row = warp * C::kCopyRows + chunk_row, copy_offset = held(KeyTile::offset(copy_row, chunk));
   const int32_t* const table = p.block_tables + rows.sequence * p.block_table_stride;
-  // Where a warp's rows of a tile lie in one block of the cache, it looks that up once.
-  const bool one_block = p.block_size.divisor % C::kCopyRows == 0;
-  const auto load_tile = [&](const Cache& cache, int tile, T* to) {
-    const int first = warp * C::kCopyRows + chunk_row, first_key = tile * C::kKeys + first;
-    const T* const head = static_cast<const T*>(cache.data) + kv_head * cache.head_stride + chunk;
-    const T* from = nullptr;
+  const bool one_block = p.block_size.divisor % C::kCopyRows == 0;  // that a warp's rows of a tile lie in
+  const auto load_tile = [&](const Cache& cache, int tile, unsigned char* to) {
+    const auto locate = [&](int key) {
+      const int known = min(max(key, begin), end - 1);  // others' blocks may not exist
+      int block, token;
+      p.block_size(block, token, known);
+      return static_cast<const T*>(cache.data) + table[block] * cache.block_stride +
+             (token + int64_t{key - known}) * cache.token_stride + kv_head * cache.head_stride + chunk;
+    };
+    const int key = tile * C::kKeys + copy_row;
+    constexpr int kPasses = C::kCopyRows / C::kPassRows;
+    if (one_block) {
+      const T* from = locate(key);
 #pragma unroll
-    for (int i = 0; i < C::kCopyRows / C::kPassRows; ++i) {
-      const int key = first_key + i * C::kPassRows;
-      if (i == 0 || !one_block) {
-        const int known = min(max(key, begin), end - 1);  // others' blocks may not exist
-        int block, token;
-        p.block_size(block, token, known);
-        from = head + table[block] * cache.block_stride + (token + int64_t{key - known}) * cache.token_stride;
-      } else {
-        from += C::kPassRows * cache.token_stride;
-      }
-      copy_async(to + KeyTile::offset(first + i * C::kPassRows, chunk), from, key >= begin && key < end);
+      for (int i = 0; i < kPasses; ++i, from += C::kPassRows * cache.token_stride)
+        copy_async(to + KeyTile::step(copy_offset, i * C::kPassRows), from,
+                   static_cast<unsigned>(key - begin + i * C::kPassRows) < static_cast<unsigned>(end - begin));
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kPasses * C::kPassRows; i += C::kPassRows)
+        copy_async(to + KeyTile::step(copy_offset, i), locate(key + i), key + i >= begin && key + i < end);
     }
   };
 
   // Tiles pass through the ring in the order in which they are used: keys, values, keys, values.
-  int fetched = 2 * first_tile, read_stage = 0, write_stage = 0;
-  const auto fetch = [&] {
-    if (fetched < 2 * last_tile)
-      load_tile(fetched % 2 ? p.values : p.keys, fetched / 2, ring + write_stage * KeyTile::kElements);
+  int fetched = 2 * first_tile, read_at = kRing, write_at = kRing;
+  const auto advance = [](int& at) { at = at + KeyTile::kBytes == C::kSharedBytes ? kRing : at + KeyTile::kBytes; };
+  const auto fetch = [&](bool are_values) {
+    if (fetched < 2 * last_tile) load_tile(are_values ? p.values : p.keys, fetched / 2, shared + write_at);
     cute::cp_async_fence();
     ++fetched;
-    write_stage = write_stage + 1 == C::kStages ? 0 : write_stage + 1;
+    advance(write_at);
   };
   // Waits for the next tile; the one before it has been read by all then, and its stage is filled again.
-  const auto next_tile = [&] {
+  const auto next_tile = [&](bool are_values) {
     cute::cp_async_wait<C::kStages - 2>();
     __syncthreads();
-    fetch();
-    const T* const tile = ring + read_stage * KeyTile::kElements;
-    read_stage = read_stage + 1 == C::kStages ? 0 : read_stage + 1;
+    fetch(are_values ^ (C::kStages % 2 == 0));
+    const unsigned char* const tile = shared + read_at;
+    advance(read_at);
     return tile;
   };
 
-#pragma unroll
   for (int pass = warp; pass < C::kRows / C::kPassRows; pass += C::kWarps) {
     const int row = pass * C::kPassRows + chunk_row;
     int token, head;
     p.group(token, head, min(rows.first + row, rows.end - 1));
-    copy_async(queries + QueryTile::offset(row, chunk),
+    copy_async(shared + QueryTile::offset(row, chunk),
                static_cast<const T*>(p.query) + (rows.start + token) * p.query_token_stride +
                    (int64_t{kv_head} * group + head) * p.query_head_stride + chunk,
                rows.first + row < rows.end);
   }
 #pragma unroll
-  for (int i = 0; i < C::kStages - 1; ++i) fetch();
+  for (int i = 0; i < C::kStages - 1; ++i) fetch(i % 2);
 
   // The warp's rows, and what this lane points ldmatrix at. A (queries): 16 rows by 16 elements, its four matrices
   // being rows 0-7, 8-15 of elements 0-7, then of elements 8-15; B (keys): elements 0-7 and 8-15 of keys 0-7, then of
   // keys 8-15; B (values, transposed): keys 0-7 and 8-15 of elements 0-7, then of elements 8-15.
   const int warp_row = rows.first + warp % C::kRowWarps * C::kWarpRows, warp_key = warp / C::kRowWarps * C::kWarpKeys;
-  const int query_offset = QueryTile::offset(warp % C::kRowWarps * C::kWarpRows + lane % 16, lane / 16 * 8);
-  const int key_offset = KeyTile::offset(warp_key + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
-  const int value_offset = KeyTile::offset(warp_key + lane % 16, lane / 16 * 8);
+  const int query_offset = held(QueryTile::offset(warp % C::kRowWarps * C::kWarpRows + lane % 16, lane / 16 * 8));
+  const int key_offset = held(KeyTile::offset(warp_key + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8));
+  const int value_offset = held(KeyTile::offset(warp_key + lane % 16, lane / 16 * 8));
 
   // Positions of the warp's first and last row, and of this lane's: lane / 4 and 8 below it, of each 16.
   const int warp_first = rows.position(p, min(warp_row, rows.end - 1));
@@ -290,28 +300,24 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   for (int m = 0; m < kRowTiles; ++m) largest[m][0] = largest[m][1] = -kInfinity;
 
   for (int tile = first_tile; tile < last_tile; ++tile) {
-    const T* const key_tile = next_tile();
+    const unsigned char* const key_tile = next_tile(false);
     if constexpr (C::kQueryInRegisters) {
       if (tile == first_tile) {
 #pragma unroll
         for (int k = 0; k < kHeadSize / 16; ++k)
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m)
-            load_matrices(query[k][m], queries + QueryTile::step(query_offset, 16 * m, 16 * k));
+            load_matrices(query[k][m], shared + QueryTile::step(query_offset, 16 * m, 16 * k));
       }
     }
-    // The warp's keys of this tile, and whether any row sees any of them.
-    const int first_key = tile * C::kKeys + warp_key;
-    const bool active = warp_row < rows.end && first_key < (spans ? end : warp_last + 1) &&
-                        first_key + C::kWarpKeys > warp_first - p.window + 1;
     float scores[kRowTiles][kKeyTiles][4] = {};
-    if (active) {
+    {
 #pragma unroll
       for (int k = 0; k < kHeadSize / 16; ++k) {
         if constexpr (!C::kQueryInRegisters) {
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m)
-            load_matrices(query[0][m], queries + QueryTile::step(query_offset, 16 * m, 16 * k));
+            load_matrices(query[0][m], shared + QueryTile::step(query_offset, 16 * m, 16 * k));
         }
 #pragma unroll
         for (int n = 0; n < kKeyTiles / 2; ++n) {
@@ -325,6 +331,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
         }
       }
 
+      const int first_key = tile * C::kKeys + warp_key;
       if (first_key + C::kWarpKeys > warp_first + 1 || first_key <= warp_last - p.window) {  // some are not visible
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
@@ -390,8 +397,8 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
       }
     }
 
-    const T* const value_tile = next_tile();
-    if (active) {
+    const unsigned char* const value_tile = next_tile(true);
+    {
       constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
 #pragma unroll
       for (int k = 0; k < kKeyTiles / 2; ++k) {
@@ -437,7 +444,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
 #pragma unroll
       for (int n = 0; n < kValueTiles; ++n)
         *reinterpret_cast<float2*>(parts + row * C::kSumStride + 8 * n + lane % 4 * 2) = {values[0][n][2 * half],
-                                                                                          values[0][n][2 * half + 1]};
+                                                                                       values[0][n][2 * half + 1]};
       if (lane % 4 == 0) stats[row] = {largest[0][half], sums[0][2 * half]};
     }
     __syncthreads();
@@ -477,8 +484,8 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
         const float factor = 1.0f / sums[m][2 * half];
 #pragma unroll
         for (int n = 0; n < kValueTiles; ++n)
-          *reinterpret_cast<uint32_t*>(queries +
-                                       QueryTile::offset(first + 16 * m + 8 * half + lane / 4, 8 * n + lane % 4 * 2)) =
+          *reinterpret_cast<uint32_t*>(
+              shared + QueryTile::offset(first + 16 * m + 8 * half + lane / 4, 8 * n + lane % 4 * 2)) =
               pack<T>(values[m][n][2 * half] * factor, values[m][n][2 * half + 1] * factor);
       }
     __syncwarp();
@@ -487,7 +494,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
       const int row = i * C::kPassRows + chunk_row;
       if (warp_row + row < rows.end)
         *reinterpret_cast<Vector*>(static_cast<T*>(p.out) + out_row(warp_row + row) * kHeadSize + chunk) =
-            *reinterpret_cast<const Vector*>(queries + QueryTile::offset(first + row, chunk));
+            *reinterpret_cast<const Vector*>(shared + QueryTile::offset(first + row, chunk));
     }
   } else {
 #pragma unroll

@@ -15,9 +15,9 @@ __global__ __launch_bounds__(kMaxRowThreads) void rms_norm_kernel(const __grid_c
   Vector first;
   const float scale = reciprocal_rms(x, p.hidden, p.eps, first);
   if (!present) return;
-  for (int64_t i = threadIdx.x; i * 8 < p.hidden; i += blockDim.x) {
+  const auto finish = [&](const Vector& vector, int64_t i) {
     float v[8], gains[8];
-    unpack<T>(i == threadIdx.x ? first : *reinterpret_cast<const Vector*>(x + 8 * i), v);
+    unpack<T>(vector, v);
     unpack(load_floats(p.weight + 8 * i), gains);
 #pragma unroll
     for (int e = 0; e < 8; ++e) v[e] *= scale * gains[e];
@@ -26,7 +26,10 @@ __global__ __launch_bounds__(kMaxRowThreads) void rms_norm_kernel(const __grid_c
       add<T>(v, *reinterpret_cast<const Vector*>(residual + 8 * i));
     }
     *reinterpret_cast<Vector*>(static_cast<T*>(p.y) + token * p.hidden + 8 * i) = pack<T>(v);
-  }
+  };
+  if (threadIdx.x * 8 < p.hidden) finish(first, threadIdx.x);
+  for (int64_t i = threadIdx.x + blockDim.x; i * 8 < p.hidden; i += blockDim.x)
+    finish(*reinterpret_cast<const Vector*>(x + 8 * i), i);
 }
 
 }  // namespace

@@ -27,14 +27,17 @@ inline RowLaunch row_launch(int64_t tokens, int64_t hidden) {
 template <typename T>
 __device__ inline float reciprocal_rms(const T* row, int64_t hidden, float eps, Vector& first) {
   float sum = 0;
-  for (int64_t i = threadIdx.x; i * 8 < hidden; i += blockDim.x) {
-    const Vector vector = *reinterpret_cast<const Vector*>(row + 8 * i);
-    if (i == threadIdx.x) first = vector;
+  const auto add_squares = [&](const Vector& vector) {
     float v[8];
     unpack<T>(vector, v);
 #pragma unroll
     for (int e = 0; e < 8; ++e) sum += v[e] * v[e];
-  }
+  };
+  first = {};
+  if (threadIdx.x * 8 < hidden) first = *reinterpret_cast<const Vector*>(row + 8 * threadIdx.x);
+  add_squares(first);
+  for (int64_t i = threadIdx.x + blockDim.x; i * 8 < hidden; i += blockDim.x)
+    add_squares(*reinterpret_cast<const Vector*>(row + 8 * i));
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
   const int warps = blockDim.x / 32;
