@@ -86,9 +86,9 @@ class Draw:
         return torch.where(torch.rand(tokens, generator=self.generator) < skip, -1, slots)
 
 
-def assert_close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, what: str = "output") -> None:
-    error = normwise(a, b)
-    assert error <= BOUND[dtype], f"{what}: {error:.2e} > {BOUND[dtype]:.0e}"
+def assert_close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, what: str = "output", room: float = 1) -> None:
+    error, bound = normwise(a, b), room * BOUND[dtype]
+    assert error <= bound, f"{what}: {error:.2e} > {bound:.1e}"
 
 
 def assert_cache(
@@ -362,10 +362,10 @@ def check_attention(lengths, heads, kv_heads, head_size, dtype, *, strided=False
     assert y.dtype == dtype and y.is_contiguous()
     expected = reference_ops.attention(**inputs)
     assert_close(y, expected, dtype)
-    for s, (start, stop) in enumerate(
-        itertools.pairwise(inputs["query_starts"].tolist())
-    ):  # no sequence hides behind another
-        assert_close(y[start:stop], expected[start:stop], dtype, f"sequence {s}")
+    # No sequence hides behind another. An error measured on n values is uncertain by 1 / sqrt(2 n) of itself.
+    for s, (start, stop) in enumerate(itertools.pairwise(inputs["query_starts"].tolist())):
+        room = 1 + 3 / max(1, 2 * y[start:stop].numel()) ** 0.5
+        assert_close(y[start:stop], expected[start:stop], dtype, f"sequence {s}", room)
 
 
 BATCH = [(1, 1), (1, 50), (7, 7), (5, 33), (0, 20), (33, 90), (64, 64), (1, 129)]
