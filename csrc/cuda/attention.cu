@@ -83,7 +83,7 @@ struct Config {
   static constexpr int kWarpRows = 16 * kRowTiles, kRows = kWarpRows * kRowWarps;
   static constexpr int kKeys = !kNarrow && kHeadSize == 256 ? 32 : 64, kWarpKeys = kKeys / kKeyWarps;
   static constexpr int kStages = kHeadSize == 256 ? 2 : kHeadSize == 128 && !kNarrow ? 3 : 4;
-  static constexpr bool kQueryInRegisters = kNarrow || kHeadSize != 128;
+  static constexpr bool kQueryInRegisters = kNarrow || kHeadSize <= 64;
 
   using QueryTile = Tile<kRows, kHeadSize>;
   using KeyTile = Tile<kKeys, kHeadSize>;
@@ -308,8 +308,9 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
             load_matrices(query[k][m], shared + QueryTile::step(query_offset, 16 * m, 16 * k));
       }
     }
-    float scores[kRowTiles][kKeyTiles][4] = {};
+    uint32_t weights[kKeyTiles / 2][kRowTiles][4];
     {
+      float scores[kRowTiles][kKeyTiles][4] = {};
 #pragma unroll
       for (int k = 0; k < kHeadSize / 16; ++k) {
         if constexpr (!C::kQueryInRegisters) {
@@ -388,6 +389,13 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
               score = exp2_approx((score - base) * p.scale);
             }
         }
+#pragma unroll
+      for (int k = 0; k < kKeyTiles / 2; ++k)
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            weights[k][m][i] = held(pack<T>(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]));
       if (__any_sync(kAllLanes, grown)) {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
@@ -405,14 +413,9 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
       constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
 #pragma unroll
       for (int k = 0; k < kKeyTiles / 2; ++k) {
-        uint32_t weights[kRowTiles][4];
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            weights[m][i] = pack<T>(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]);
-          multiply_add<T>(sums[m], weights[m], kOnes, kOnes);  // their sum as rounded: the result is a weighted mean
-        }
+        for (int m = 0; m < kRowTiles; ++m)
+          multiply_add<T>(sums[m], weights[k][m], kOnes, kOnes);  // of weights as rounded: the result is a mean
 #pragma unroll
         for (int n = 0; n < kValueTiles / 2; ++n) {
           uint32_t value[4];
@@ -421,7 +424,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
           for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
             for (int j = 0; j < 2; ++j)
-              multiply_add<T>(values[m][2 * n + j], weights[m], value[2 * j], value[2 * j + 1]);
+              multiply_add<T>(values[m][2 * n + j], weights[k][m], value[2 * j], value[2 * j + 1]);
         }
       }
     }
