@@ -83,7 +83,7 @@ struct Config {
   static constexpr int kWarpRows = 16 * kRowTiles, kRows = kWarpRows * kRowWarps;
   static constexpr int kKeys = !kNarrow && kHeadSize == 256 ? 32 : 64, kWarpKeys = kKeys / kKeyWarps;
   static constexpr int kStages = kHeadSize == 256 ? 2 : kHeadSize == 128 && !kNarrow ? 3 : 4;
-  static constexpr bool kQueryInRegisters = kNarrow || kHeadSize != 128;
+  static constexpr bool kQueryInRegisters = kNarrow || kHeadSize <= 64;
 
   using QueryTile = Tile<kRows, kHeadSize>;
   using KeyTile = Tile<kKeys, kHeadSize>;
@@ -222,13 +222,16 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   const int copy_row = warp * C::kCopyRows + chunk_row, copy_offset = held(KeyTile::offset(copy_row, chunk));
   const int32_t* const table = p.block_tables + rows.sequence * p.block_table_stride;
   const bool one_block = p.block_size.divisor % C::kCopyRows == 0;  // that a warp's rows of a tile lie in
-  const auto load_tile = [&](const Cache& cache, int tile, unsigned char* to) {
+  const auto head_of = [&](const Cache& cache) {
+    return static_cast<const T*>(cache.data) + kv_head * cache.head_stride + chunk;
+  };
+  const T *const keys_head = head_of(p.keys), *const values_head = head_of(p.values);
+  const auto load_tile = [&](const Cache& cache, const T* head, int tile, unsigned char* to) {
     const auto locate = [&](int key) {
       const int known = min(max(key, begin), end - 1);  // others' blocks may not exist
       int block, token;
       p.block_size(block, token, known);
-      return static_cast<const T*>(cache.data) + table[block] * cache.block_stride +
-             (token + int64_t{key - known}) * cache.token_stride + kv_head * cache.head_stride + chunk;
+      return head + table[block] * cache.block_stride + (token + key - known) * cache.token_stride;
     };
     const int key = tile * C::kKeys + copy_row;
     constexpr int kPasses = C::kCopyRows / C::kPassRows;
@@ -245,23 +248,24 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
     }
   };
 
-  // Tiles pass through the ring in the order in which they are used: keys, values, keys, values.
-  int fetched = 2 * first_tile, read_at = kRing, write_at = kRing;
-  const auto advance = [](int& at) { at = at + KeyTile::kBytes == C::kSharedBytes ? kRing : at + KeyTile::kBytes; };
-  const auto fetch = [&](bool are_values) {
-    if (fetched < 2 * last_tile) load_tile(are_values ? p.values : p.keys, fetched / 2, shared + write_at);
+  // Tiles pass through the ring in the order in which they are used, 2 i being tile i's keys and 2 i + 1 its values.
+  const auto fetch = [&](int step, int at) {
+    if (step < 2 * last_tile) {
+      if (step % 2)
+        load_tile(p.values, values_head, step / 2, shared + at);
+      else
+        load_tile(p.keys, keys_head, step / 2, shared + at);
+    }
     cute::cp_async_fence();
-    ++fetched;
-    advance(write_at);
   };
-  // Waits for the next tile; the one before it has been read by all then, and its stage is filled again.
-  const auto next_tile = [&](bool are_values) {
+  int at = C::kSharedBytes - KeyTile::kBytes;
+  // Waits for a tile; the one before it has been read by all then, and its stage is filled again.
+  const auto next_tile = [&](int step) {
     cute::cp_async_wait<C::kStages - 2>();
     __syncthreads();
-    fetch(are_values ^ (C::kStages % 2 == 0));
-    const unsigned char* const tile = shared + read_at;
-    advance(read_at);
-    return tile;
+    fetch(step + C::kStages - 1, at);
+    at = at + KeyTile::kBytes == C::kSharedBytes ? kRing : at + KeyTile::kBytes;
+    return shared + at;
   };
 
   for (int pass = warp; pass < C::kRows / C::kPassRows; pass += C::kWarps) {
@@ -274,7 +278,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
                rows.first + row < rows.end);
   }
 #pragma unroll
-  for (int i = 0; i < C::kStages - 1; ++i) fetch(i % 2);
+  for (int i = 0; i < C::kStages - 1; ++i) fetch(2 * first_tile + i, kRing + i * KeyTile::kBytes);
 
   // The warp's rows, and what this lane points ldmatrix at. A (queries): 16 rows by 16 elements, its four matrices
   // being rows 0-7, 8-15 of elements 0-7, then of elements 8-15; B (keys): elements 0-7 and 8-15 of keys 0-7, then of
@@ -284,15 +288,9 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   const int key_offset = held(KeyTile::offset(warp_key + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8));
   const int value_offset = held(KeyTile::offset(warp_key + lane % 16, lane / 16 * 8));
 
-  // Positions of the warp's first and last row, and of this lane's: lane / 4 and 8 below it, of each 16.
+  // Positions of the warp's first and last row.
   const int warp_first = rows.position(p, min(warp_row, rows.end - 1));
   const int warp_last = rows.position(p, min(warp_row + C::kWarpRows, rows.end) - 1);
-  int positions[kRowTiles][2];
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      positions[m][half] = rows.position(p, min(warp_row + 16 * m + 8 * half + lane / 4, rows.end - 1));
 
   uint32_t query[C::kQueryInRegisters ? kHeadSize / 16 : 1][kRowTiles][4];
   float values[kRowTiles][kValueTiles][4] = {}, sums[kRowTiles][4] = {}, largest[kRowTiles][2];
@@ -300,7 +298,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   for (int m = 0; m < kRowTiles; ++m) largest[m][0] = largest[m][1] = -kInfinity;
 
   for (int tile = first_tile; tile < last_tile; ++tile) {
-    const unsigned char* const key_tile = next_tile(false);
+    const unsigned char* const key_tile = next_tile(2 * tile);
     if constexpr (C::kQueryInRegisters) {
       if (tile == first_tile) {
 #pragma unroll
@@ -310,8 +308,9 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
             load_matrices(query[k][m], shared + QueryTile::step(query_offset, 16 * m, 16 * k));
       }
     }
-    float scores[kRowTiles][kKeyTiles][4] = {};
+    uint32_t weights[kKeyTiles / 2][kRowTiles][4];
     {
+      float scores[kRowTiles][kKeyTiles][4] = {};
 #pragma unroll
       for (int k = 0; k < kHeadSize / 16; ++k) {
         if constexpr (!C::kQueryInRegisters) {
@@ -333,28 +332,33 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
 
       const int first_key = tile * C::kKeys + warp_key;
       if (first_key + C::kWarpKeys > warp_first + 1 || first_key <= warp_last - p.window) {  // some are not visible
+        const int lane_key = first_key + lane % 4 * 2, lane_row = held(warp_row + lane / 4);
+        int positions[kRowTiles][2], ids[kRowTiles][2];
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          int ids[2] = {-2, -2};
-          if (spans) {
+        for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-              if (const int id = spans[positions[m][half]]; id >= 0) ids[half] = id;
+          for (int half = 0; half < 2; ++half) {
+            positions[m][half] = rows.position(p, min(lane_row + 16 * m + 8 * half, rows.end - 1));
+            ids[m][half] = -2;  // matches nothing
+            if (spans)
+              if (const int id = spans[positions[m][half]]; id >= 0) ids[m][half] = id;
           }
 #pragma unroll
-          for (int n = 0; n < kKeyTiles; ++n)
+        for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const int key = first_key + 8 * n + lane % 4 * 2 + j;
-              const int id = spans && key < rows.context ? max(spans[key], -1) : -1;
+          for (int j = 0; j < 2; ++j) {
+            const int key = lane_key + 8 * n + j;
+            const int id = spans && key < rows.context ? max(spans[key], -1) : -1;
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
-                const int position = positions[m][half];
-                if (!((key <= position || id == ids[half]) && key > position - p.window))
+                const int distance = positions[m][half] - key;  // below 0: only through the span
+                if (static_cast<unsigned>(distance) >= static_cast<unsigned>(p.window) &&
+                    !(spans && distance < 0 && id == ids[m][half]))
                   scores[m][n][2 * half + j] = -kInfinity;
               }
-            }
-        }
+          }
       }
 
       // Scores become weights, relative to the largest score so far; what was summed up shrinks by its growth. The
@@ -385,6 +389,13 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
               score = exp2_approx((score - base) * p.scale);
             }
         }
+#pragma unroll
+      for (int k = 0; k < kKeyTiles / 2; ++k)
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            weights[k][m][i] = held(pack<T>(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]));
       if (__any_sync(kAllLanes, grown)) {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
@@ -397,19 +408,14 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
       }
     }
 
-    const unsigned char* const value_tile = next_tile(true);
+    const unsigned char* const value_tile = next_tile(2 * tile + 1);
     {
       constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
 #pragma unroll
       for (int k = 0; k < kKeyTiles / 2; ++k) {
-        uint32_t weights[kRowTiles][4];
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            weights[m][i] = pack<T>(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]);
-          multiply_add<T>(sums[m], weights[m], kOnes, kOnes);  // their sum as rounded: the result is a weighted mean
-        }
+        for (int m = 0; m < kRowTiles; ++m)
+          multiply_add<T>(sums[m], weights[k][m], kOnes, kOnes);  // of weights as rounded: the result is a mean
 #pragma unroll
         for (int n = 0; n < kValueTiles / 2; ++n) {
           uint32_t value[4];
@@ -418,7 +424,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
           for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
             for (int j = 0; j < 2; ++j)
-              multiply_add<T>(values[m][2 * n + j], weights[m], value[2 * j], value[2 * j + 1]);
+              multiply_add<T>(values[m][2 * n + j], weights[k][m], value[2 * j], value[2 * j + 1]);
         }
       }
     }
