@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -27,4 +28,9 @@ class CMakeBuild(build_ext):
             subprocess.run(command, check=True, env=environment)
 
 
-setup(ext_modules=[Extension("pop_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# setup_requires: CUTLASS's headers, for pip's own build environment, where there is a compiler for the CUDA kernels.
+setup(
+    setup_requires=["nvidia-cutlass==4.2.0.0"] if shutil.which("nvcc") else [],
+    ext_modules=[Extension("pop_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

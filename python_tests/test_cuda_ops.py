@@ -1,13 +1,14 @@
 """The CUDA implementation of every operation: on the GPU where there is one, else on the software CUDA device.
 
 The test bodies are test_ops.py's, with its random inputs, in the shapes that CUDA takes; strided rows lie on 16-byte
-boundaries and no better ones, and outputs are full of NaN before they are written. Beside the bound on whole outputs,
-each element is held to |error| <= u |reference| + c u S, where S is the reference's sum over absolute values, u the
-unit roundoff (2^-8 in bfloat16, 2^-11 in float16), and c how much of the last bit may be lost inside.
+boundaries and no better ones, and on the software device outputs are NaN until written. Beside the bound on whole
+outputs, each element is held to |error| <= u |reference| + c u S, where S is the reference's sum over absolute values,
+u the unit roundoff (2^-8 in bfloat16, 2^-11 in float16), and c how much of the last bit may be lost inside.
 """
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import itertools
 
@@ -35,6 +36,7 @@ from test_ops import (
 )
 
 import pop_ext.ops
+from pop_ext import emulator
 
 BOUND = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
@@ -53,9 +55,7 @@ def cuda():
         patch.setattr(test_ops, "BOUND", BOUND)
         patch.setattr(Draw, "offset", 8)
         patch.setattr(Draw, "padding", 24)
-        torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-        yield test_ops.ops
-        torch.use_deterministic_algorithms(False)
+        yield
 
 
 def assert_elements(y: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, c: float = C) -> None:
@@ -317,6 +317,111 @@ def test_attention_elements(dtype, head_size):
 
 
 # What holds for all operations
+
+
+def captured(operation, args, kwargs):
+    """The output, and a function that runs the captured operation again, which is all that ever runs it."""
+    library, kernels = emulator._library(), emulator._cuda_operations()
+    stream, graph, executable = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+    assert library.cudaStreamCreate(ctypes.byref(stream)) == 0
+    kernels.pop_cuda_set_emulated_stream(stream)
+    assert library.cudaStreamBeginCapture(stream, 0) == 0
+    output = operation(*args, **kwargs)
+    assert library.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
+    assert library.cudaGraphInstantiate(ctypes.byref(executable), graph, ctypes.c_ulonglong(0)) == 0
+
+    def replay():
+        assert library.cudaGraphLaunch(executable, stream) == 0 and library.cudaStreamSynchronize(stream) == 0
+
+    return output, replay
+
+
+@DTYPES
+@test_ops.NAMES
+@pytest.mark.parametrize("tokens", [6, 70])
+def test_capture(name, dtype, tokens):
+    """In a graph: nothing runs at capture, and each launch computes from what the tensors hold then."""
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU, torch.cuda.graph captures: test_capture_on_a_gpu")
+    args, kwargs = test_ops.calls(dtype, tokens)[name]
+    if name == "linear":  # with its depth split, which takes a workspace
+        args = [Draw(0, dtype).packed(tokens, 2048), Draw(1, dtype).weight(24, 2048), None, None]
+    written = args[-2:] if name in ("qkv_project", "project_kv") else ()
+    operation, start = getattr(test_ops.ops, name), [t.clone() for t in written]
+
+    def run(call) -> list[torch.Tensor]:
+        """The output and the caches after a call, from the caches as they were."""
+        for cache, values in zip(written, start, strict=True):
+            cache.copy_(values)
+        output = call()
+        return [t.clone() for t in (output, *written) if t is not None]
+
+    inputs = [args[0] * factor for factor in (0.7, 1.3)]
+    output, replay = captured(operation, args, kwargs)
+    try:
+        assert output is None or output.isnan().all(), "ran at capture"
+        assert all(torch.equal(a, b) for a, b in zip(written, start, strict=True)), "ran at capture"
+        replays = []
+        for x in inputs:
+            args[0].copy_(x)
+            replays.append(run(lambda: (replay(), output)[1]))
+    finally:
+        emulator._cuda_operations().pop_cuda_set_emulated_stream(None)
+    for x, results in zip(inputs, replays, strict=True):
+        args[0].copy_(x)
+        expected = run(lambda: operation(*args, **kwargs))
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@test_ops.NAMES
+def test_capture_on_a_gpu(name):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU; test_capture captures on the software device")
+    args, kwargs = test_ops.calls(torch.bfloat16, tokens=70)[name]
+    args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+    operation = getattr(torch.ops.pop, name)
+    operation(*args, **kwargs)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = operation(*args, **kwargs)
+    args[0].mul_(0.7)
+    graph.replay()
+    if output is not None:
+        assert torch.equal(output, operation(*args, **kwargs))
+
+
+def test_cache_beyond_32_bits():
+    """Blocks on both sides of 2^31 elements: sparsely mapped memory, of which a few pages are touched."""
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("less than 24 GiB of the GPU's memory are free")
+    dtype, block_size, heads, head_size = torch.bfloat16, 64, 8, 128
+    blocks = 2**31 // (block_size * heads * head_size) + 16
+    keys, values = (torch.empty(blocks, block_size, heads, head_size, dtype=dtype) for _ in range(2))
+    assert keys.numel() > 2**31
+    draw, used = Draw(0, dtype), torch.tensor([[1, blocks - 1, 2, blocks - 2]], dtype=torch.int32)
+    for cache in (keys, values):
+        cache[used.long()] = 0
+    tokens = 4 * block_size - 10
+    positions = torch.arange(tokens)
+    slots = used[0].long()[positions // block_size] * block_size + positions % block_size
+    x, weight = draw(tokens, 64), draw.weight(3 * heads * head_size, 64)
+    cos, sin = draw.rope(tokens, head_size // 2)
+    query = test_ops.ops.qkv_project(x, weight, None, None, None, EPS, cos, sin, slots, keys, values)
+    small = [torch.zeros(4, block_size, heads, head_size, dtype=torch.float64) for _ in range(2)]
+    expected = reference_ops.qkv_project(x, weight, None, None, None, EPS, cos, sin, positions, *small)
+    test_ops.assert_close(query, expected, dtype)
+    for cache, reference in zip((keys, values), small, strict=True):
+        test_ops.assert_close(cache[used[0].long()], reference, dtype)
+    lengths = torch.tensor([tokens], dtype=torch.int32)
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+    for first in (0, tokens - 3):  # prefill and few queries
+        index = starts.clone()
+        index[1] -= first
+        args = query[first:], index, lengths, tokens - first, tokens, head_size**-0.5
+        y = test_ops.ops.attention(args[0], keys, values, used, *args[1:])
+        near = torch.arange(4, dtype=torch.int32)[None]
+        kept = [cache[used[0].long()] for cache in (keys, values)]
+        test_ops.assert_close(y, reference_ops.attention(args[0], *kept, near, *args[1:]), dtype)
 
 
 @DTYPES

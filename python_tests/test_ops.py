@@ -549,7 +549,7 @@ def test_project_kv_properties(
 def calls(dtype: torch.dtype, tokens: int = 6) -> dict[str, tuple[tuple, dict]]:
     """One ordinary call of each operation: (args, kwargs)."""
     draw = Draw(11, dtype)
-    lengths = [(tokens - tokens // 2, 20), (tokens // 2, tokens // 2)]
+    lengths = [(tokens - tokens // 2, tokens + 14), (tokens // 2, tokens // 2)]
     return {
         "rms_norm": ((draw(tokens, 40), draw.gain(40), EPS, draw(tokens, 40)), {}),
         "linear": ((draw(tokens, 40), draw(24, 40), draw(24), draw(tokens, 24)), {"out_dtype": torch.float32}),

@@ -1,7 +1,640 @@
-#include <stdexcept>
+// Flash attention over the paged cache: a block takes some rows (query heads of query tokens) of one key/value head,
+// keys and values pass by in tiles, and the softmax is rescaled as larger scores turn up.
+//
+// Rows of all query heads that share a key/value head are packed, token by token, so that each key is read once for all
+// of them. One kernel serves two shapes of block. Wide: 128 rows, each warp has some of them and all keys of a tile;
+// for prefill. Narrow: 16 rows, each warp has all of them and a quarter of a tile's keys; for decode and the boundary.
+// Where blocks are fewer than the device holds, they share the context out, and a second kernel adds up their parts in
+// a fixed order.
 
+#include <cutlass/fast_math.h>
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <cute/swizzle_layout.hpp>
+
+#include "cuda/device.h"
+#include "cuda/numbers.h"
 #include "pop/attention.h"
+
 namespace pop::cuda {
-int64_t attention_workspace(const Attention&) { return 0; }
-void attention(const Attention&, void*, Stream) { throw std::runtime_error("pop::attention: not here yet"); }
+namespace {
+
+constexpr char kOperation[] = "attention";
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kInfinity = INFINITY;
+
+struct Cache {
+  const void* data;
+  int64_t block_stride, token_stride, head_stride;
+};
+
+struct Parameters {
+  const void* query;
+  int64_t query_token_stride, query_head_stride;
+  Cache keys, values;
+  const int32_t* block_tables;
+  int64_t block_table_stride;
+  const int32_t *query_starts, *context_lens, *spans;
+  int64_t span_stride;
+  cutlass::FastDivmod group, block_size;  // query heads of a key/value head; tokens of a block of the cache
+  int sequences, query_heads, window, splits;
+  float scale;       // of scores, times log2(e): exponentials are powers of two
+  int64_t rows;      // tokens * query_heads
+  float* values_of;  // [splits, rows, head_size]: each split's sum of weight * value,
+  float2* stats_of;  // [splits, rows]: its largest score, before scaling, and sum of weights
+  void* out;         // [rows, head_size]
+};
+
+/// kRows rows of a head in shared memory: columns of 64 elements (32 for that head size) one behind the other, in which
+/// 16-byte chunks are permuted so that the eight rows ldmatrix reads at once lie in different banks.
+template <int kRows, int kHeadSize>
+struct Tile {
+  static constexpr int kWidth = kHeadSize < 64 ? kHeadSize : 64, kElements = kRows * kHeadSize;
+  using Atom = decltype(cute::composition(
+      cute::Swizzle<(kWidth == 64 ? 3 : 2), 3, 3>{},
+      cute::Layout<cute::Shape<cute::_8, cute::Int<kWidth>>, cute::Stride<cute::Int<kWidth>, cute::_1>>{}));
+  using Layout = decltype(cute::tile_to_shape(Atom{}, cute::Shape<cute::Int<kRows>, cute::Int<kHeadSize>>{}));
+
+  __device__ static int offset(int row, int element) { return Layout{}(row, element); }
+
+  /// From the offset of (row, element), element < 16: that of (row + rows, element + elements), for multiples of 8
+  /// rows and 16 elements.
+  __device__ static int step(int offset, int rows, int elements) {
+    return (offset ^ (elements % kWidth)) + (elements / kWidth * kRows + rows) * kWidth;
+  }
+};
+
+template <typename T_, int kHeadSize_, bool kNarrow_>
+struct Config {
+  using T = T_;
+  static constexpr bool kNarrow = kNarrow_;
+  static constexpr int kHeadSize = kHeadSize_;
+  static constexpr int kRowWarps = kNarrow ? 1 : kHeadSize == 256 ? 8 : 4, kKeyWarps = kNarrow ? 4 : 1;
+  static constexpr int kWarps = kRowWarps * kKeyWarps, kThreads = 32 * kWarps;
+  static constexpr int kRowTiles = kNarrow || kHeadSize == 256 ? 1 : 2;  // of 16 rows, of a warp
+  static constexpr int kWarpRows = 16 * kRowTiles, kRows = kWarpRows * kRowWarps;
+  static constexpr int kKeys = !kNarrow && kHeadSize == 256 ? 32 : 64, kWarpKeys = kKeys / kKeyWarps;
+  static constexpr int kStages = kHeadSize == 256 ? 2 : kHeadSize == 128 && !kNarrow ? 3 : 4;
+  static constexpr bool kQueryInRegisters = kNarrow || kHeadSize != 128;
+
+  using QueryTile = Tile<kRows, kHeadSize>;
+  using KeyTile = Tile<kKeys, kHeadSize>;
+  static constexpr int kSharedBytes = 2 * (QueryTile::kElements + kStages * KeyTile::kElements);
+
+  // How a warp copies rows: a lane 16 bytes, so many rows at a time.
+  static constexpr int kChunks = kHeadSize / 8, kPassRows = 32 / kChunks;
+  static constexpr int kCopyRows = kKeys / kWarps;  // of a tile of keys, of a warp
+
+  // Narrow: what warps have to add up in the end goes where the tiles were. Padding keeps rows in different banks.
+  static constexpr int kSumStride = kHeadSize + 8;
+  static_assert(!kNarrow || kKeyWarps * kRows * (kSumStride + 2) * 4 <= kSharedBytes);
+  static_assert(kSharedBytes <= 99 * 1024);
+};
+
+template <typename T>
+__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using Atom = std::conditional_t<std::is_same_v<T, bf16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                  cute::SM80_16x8x16_F32F16F16F32_TN>;
+  Atom::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
+}
+
+template <typename T>
+__device__ inline void load_matrices(uint32_t (&to)[4], const T* from) {
+  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(from), to[0], to[1], to[2], to[3]);
+}
+
+template <typename T>
+__device__ inline void load_transposed(uint32_t (&to)[4], const T* from) {
+  cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t*>(from), to[0], to[1], to[2], to[3]);
+}
+
+/// Starts a copy of 16 bytes; zeros instead, and nothing is read, where they are not `wanted`.
+template <typename T>
+__device__ inline void copy_async(T* to, const T* from, bool wanted) {
+  cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(*reinterpret_cast<const cute::uint128_t*>(from),
+                                                               *reinterpret_cast<cute::uint128_t*>(to), wanted);
+}
+
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// A block's rows [first, end) of a sequence, whose row r is head r % group of query token r / group.
+struct Rows {
+  int sequence, start, context, first, end;  // start: the sequence's first token of all
+  int offset;                                // from the index of a query token to its position in the context
+
+  __device__ int position(const Parameters& p, int row) const { return offset + p.group.div(row); }
+};
+
+/// False where the block has none.
+template <typename C>
+__device__ inline bool find_rows(const Parameters& p, Rows& r) {
+  const int group = p.group.divisor;
+  r.sequence = blockIdx.x, r.first = 0;
+  if constexpr (!C::kNarrow) {
+    // Sequence s has the blocks from floor(rows before it / kRows) + s on: enough, as each sequence leaves at most one
+    // block unfilled. The last blocks come first, as they see the most keys.
+    const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+    const auto first_block = [&](int s) { return static_cast<int>(int64_t{p.query_starts[s]} * group / C::kRows) + s; };
+    r.sequence = 0;
+    for (int end = p.sequences; end - r.sequence > 1;) {
+      const int middle = (r.sequence + end) / 2;
+      (first_block(middle) <= block ? r.sequence : end) = middle;
+    }
+    r.first = (block - first_block(r.sequence)) * C::kRows;
+  }
+  r.start = p.query_starts[r.sequence];
+  const int queries = p.query_starts[r.sequence + 1] - r.start;
+  r.context = p.context_lens[r.sequence];
+  r.offset = r.context - queries;
+  r.end = min(queries * group, r.first + C::kRows);
+  return r.first < r.end;
+}
+
+/// One past the last key that the queries at positions [first, last] see, or a little more: the last key beyond them
+/// with a span id between the least and the greatest of theirs. `scratch`: shared memory that nobody else uses.
+template <int kThreads>
+__device__ inline int end_of_spans(const int32_t* spans, int first, int last, int context, int* scratch) {
+  int &low = scratch[0], &high = scratch[1], &end = scratch[2];
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) low = INT_MAX, high = -1, end = last + 1;
+  __syncthreads();
+  for (int i = first + thread; i <= last; i += kThreads)
+    if (const int id = spans[i]; id >= 0) atomicMin(&low, id), atomicMax(&high, id);
+  __syncthreads();
+  if (const int least = low, greatest = high; greatest >= 0) {
+    int mine = 0;
+    for (int j = last + 1 + thread; j < context; j += kThreads)
+      if (const int id = spans[j]; id >= least && id <= greatest) mine = j + 1;
+    if (mine > 0) atomicMax(&end, mine);
+  }
+  __syncthreads();
+  const int result = end;
+  __syncthreads();
+  return result;
+}
+
+template <typename C>
+__global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_constant__ Parameters p) {
+  using T = typename C::T;
+  using QueryTile = typename C::QueryTile;
+  using KeyTile = typename C::KeyTile;
+  constexpr int kHeadSize = C::kHeadSize, kRowTiles = C::kRowTiles;
+  constexpr int kKeyTiles = C::kWarpKeys / 8, kValueTiles = kHeadSize / 8;  // of 8 columns, of scores and of values
+  extern __shared__ __align__(128) unsigned char shared[];
+  T* const queries = reinterpret_cast<T*>(shared);
+  T* const ring = queries + QueryTile::kElements;
+
+  Rows rows;
+  if (!find_rows<C>(p, rows)) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int kv_head = blockIdx.y, group = p.group.divisor;
+  const int32_t* const spans = p.spans ? p.spans + rows.sequence * p.span_stride : nullptr;
+
+  // Keys [begin, end) are all that any row sees; of their tiles, those of this split are [tile, last_tile).
+  const int first_position = rows.position(p, rows.first), last_position = rows.position(p, rows.end - 1);
+  const int begin = max(0, first_position - p.window + 1);
+  const int end = spans ? end_of_spans<C::kThreads>(spans, first_position, last_position, rows.context,
+                                                    reinterpret_cast<int*>(shared))
+                        : last_position + 1;
+  const int tiles_begin = begin / C::kKeys, tiles = (end + C::kKeys - 1) / C::kKeys - tiles_begin;
+  const int split_tiles = (tiles + p.splits - 1) / p.splits;
+  const int first_tile = tiles_begin + static_cast<int>(blockIdx.z) * split_tiles;
+  const int last_tile = min(first_tile + split_tiles, tiles_begin + tiles);
+
+  // Copies. A lane has chunk lane % kChunks of rows lane / kChunks + i * kPassRows.
+  const int chunk = lane % C::kChunks * 8, chunk_row = lane / C::kChunks;
+  const int32_t* const table = p.block_tables + rows.sequence * p.block_table_stride;
+  // Where a warp's rows of a tile lie in one block of the cache, it looks that up once.
+  const bool one_block = p.block_size.divisor % C::kCopyRows == 0;
+  const auto load_tile = [&](const Cache& cache, int tile, T* to) {
+    const int first = warp * C::kCopyRows + chunk_row, first_key = tile * C::kKeys + first;
+    const T* const head = static_cast<const T*>(cache.data) + kv_head * cache.head_stride + chunk;
+    const T* from = nullptr;
+#pragma unroll
+    for (int i = 0; i < C::kCopyRows / C::kPassRows; ++i) {
+      const int key = first_key + i * C::kPassRows;
+      if (i == 0 || !one_block) {
+        const int known = min(max(key, begin), end - 1);  // others' blocks may not exist
+        int block, token;
+        p.block_size(block, token, known);
+        from = head + table[block] * cache.block_stride + (token + int64_t{key - known}) * cache.token_stride;
+      } else {
+        from += C::kPassRows * cache.token_stride;
+      }
+      copy_async(to + KeyTile::offset(first + i * C::kPassRows, chunk), from, key >= begin && key < end);
+    }
+  };
+
+  // Tiles pass through the ring in the order in which they are used: keys, values, keys, values.
+  int fetched = 2 * first_tile, read_stage = 0, write_stage = 0;
+  const auto fetch = [&] {
+    if (fetched < 2 * last_tile)
+      load_tile(fetched % 2 ? p.values : p.keys, fetched / 2, ring + write_stage * KeyTile::kElements);
+    cute::cp_async_fence();
+    ++fetched;
+    write_stage = write_stage + 1 == C::kStages ? 0 : write_stage + 1;
+  };
+  // Waits for the next tile; the one before it has been read by all then, and its stage is filled again.
+  const auto next_tile = [&] {
+    cute::cp_async_wait<C::kStages - 2>();
+    __syncthreads();
+    fetch();
+    const T* const tile = ring + read_stage * KeyTile::kElements;
+    read_stage = read_stage + 1 == C::kStages ? 0 : read_stage + 1;
+    return tile;
+  };
+
+#pragma unroll
+  for (int pass = warp; pass < C::kRows / C::kPassRows; pass += C::kWarps) {
+    const int row = pass * C::kPassRows + chunk_row;
+    int token, head;
+    p.group(token, head, min(rows.first + row, rows.end - 1));
+    copy_async(queries + QueryTile::offset(row, chunk),
+               static_cast<const T*>(p.query) + (rows.start + token) * p.query_token_stride +
+                   (int64_t{kv_head} * group + head) * p.query_head_stride + chunk,
+               rows.first + row < rows.end);
+  }
+#pragma unroll
+  for (int i = 0; i < C::kStages - 1; ++i) fetch();
+
+  // The warp's rows, and what this lane points ldmatrix at. A (queries): 16 rows by 16 elements, its four matrices
+  // being rows 0-7, 8-15 of elements 0-7, then of elements 8-15; B (keys): elements 0-7 and 8-15 of keys 0-7, then of
+  // keys 8-15; B (values, transposed): keys 0-7 and 8-15 of elements 0-7, then of elements 8-15.
+  const int warp_row = rows.first + warp % C::kRowWarps * C::kWarpRows, warp_key = warp / C::kRowWarps * C::kWarpKeys;
+  const int query_offset = QueryTile::offset(warp % C::kRowWarps * C::kWarpRows + lane % 16, lane / 16 * 8);
+  const int key_offset = KeyTile::offset(warp_key + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+  const int value_offset = KeyTile::offset(warp_key + lane % 16, lane / 16 * 8);
+
+  // Positions of the warp's first and last row, and of this lane's: lane / 4 and 8 below it, of each 16.
+  const int warp_first = rows.position(p, min(warp_row, rows.end - 1));
+  const int warp_last = rows.position(p, min(warp_row + C::kWarpRows, rows.end) - 1);
+  int positions[kRowTiles][2];
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      positions[m][half] = rows.position(p, min(warp_row + 16 * m + 8 * half + lane / 4, rows.end - 1));
+
+  uint32_t query[C::kQueryInRegisters ? kHeadSize / 16 : 1][kRowTiles][4];
+  float values[kRowTiles][kValueTiles][4] = {}, sums[kRowTiles][4] = {}, largest[kRowTiles][2];
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) largest[m][0] = largest[m][1] = -kInfinity;
+
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    const T* const key_tile = next_tile();
+    if constexpr (C::kQueryInRegisters) {
+      if (tile == first_tile) {
+#pragma unroll
+        for (int k = 0; k < kHeadSize / 16; ++k)
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m)
+            load_matrices(query[k][m], queries + QueryTile::step(query_offset, 16 * m, 16 * k));
+      }
+    }
+    // The warp's keys of this tile, and whether any row sees any of them.
+    const int first_key = tile * C::kKeys + warp_key;
+    const bool active = warp_row < rows.end && first_key < (spans ? end : warp_last + 1) &&
+                        first_key + C::kWarpKeys > warp_first - p.window + 1;
+    float scores[kRowTiles][kKeyTiles][4] = {};
+    if (active) {
+#pragma unroll
+      for (int k = 0; k < kHeadSize / 16; ++k) {
+        if constexpr (!C::kQueryInRegisters) {
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m)
+            load_matrices(query[0][m], queries + QueryTile::step(query_offset, 16 * m, 16 * k));
+        }
+#pragma unroll
+        for (int n = 0; n < kKeyTiles / 2; ++n) {
+          uint32_t key[4];
+          load_matrices(key, key_tile + KeyTile::step(key_offset, 16 * n, 16 * k));
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+              multiply_add<T>(scores[m][2 * n + j], query[C::kQueryInRegisters ? k : 0][m], key[2 * j], key[2 * j + 1]);
+        }
+      }
+
+      if (first_key + C::kWarpKeys > warp_first + 1 || first_key <= warp_last - p.window) {  // some are not visible
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          int ids[2] = {-2, -2};
+          if (spans) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              if (const int id = spans[positions[m][half]]; id >= 0) ids[half] = id;
+          }
+#pragma unroll
+          for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const int key = first_key + 8 * n + lane % 4 * 2 + j;
+              const int id = spans && key < rows.context ? max(spans[key], -1) : -1;
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const int position = positions[m][half];
+                if (!((key <= position || id == ids[half]) && key > position - p.window))
+                  scores[m][n][2 * half + j] = -kInfinity;
+              }
+            }
+        }
+      }
+
+      // Scores become weights, relative to the largest score so far; what was summed up shrinks by its growth. The
+      // difference is taken before it is scaled, so that huge scores stay exact at the largest.
+      bool grown = false;
+      float shrink[kRowTiles][2];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float top = scores[m][0][2 * half];
+#pragma unroll
+          for (int n = 0; n < kKeyTiles; ++n)
+            top = fmaxf(top, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+          top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+          top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+          const float before = largest[m][half];
+          top = fmaxf(top, before);
+          largest[m][half] = top;
+          grown |= top != before;
+          const float base = top == -kInfinity ? 0.0f : top;
+          shrink[m][half] = exp2_approx((before - base) * p.scale);
+#pragma unroll
+          for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              float& score = scores[m][n][2 * half + j];
+              score = exp2_approx((score - base) * p.scale);
+            }
+        }
+      if (__any_sync(kAllLanes, grown)) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            sums[m][i] *= shrink[m][i / 2];
+#pragma unroll
+            for (int n = 0; n < kValueTiles; ++n) values[m][n][i] *= shrink[m][i / 2];
+          }
+      }
+    }
+
+    const T* const value_tile = next_tile();
+    if (active) {
+      constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
+#pragma unroll
+      for (int k = 0; k < kKeyTiles / 2; ++k) {
+        uint32_t weights[kRowTiles][4];
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            weights[m][i] = pack<T>(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]);
+          multiply_add<T>(sums[m], weights[m], kOnes, kOnes);  // their sum as rounded: the result is a weighted mean
+        }
+#pragma unroll
+        for (int n = 0; n < kValueTiles / 2; ++n) {
+          uint32_t value[4];
+          load_transposed(value, value_tile + KeyTile::step(value_offset, 16 * k, 16 * n));
+#pragma unroll
+          for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+              multiply_add<T>(values[m][2 * n + j], weights[m], value[2 * j], value[2 * j + 1]);
+        }
+      }
+    }
+  }
+  cute::cp_async_wait<0>();
+
+  // Row r of the sequence among all rows of the output.
+  const auto out_row = [&](int row) {
+    int token, head;
+    p.group(token, head, row);
+    return int64_t{rows.start + token} * p.query_heads + kv_head * group + head;
+  };
+  const int64_t split_row = blockIdx.z * p.rows;
+
+  if constexpr (C::kNarrow) {
+    // Each warp has a sum over its keys: they are added up through shared memory.
+    float* const parts = reinterpret_cast<float*>(shared);
+    float2* const stats = reinterpret_cast<float2*>(parts + C::kKeyWarps * C::kRows * C::kSumStride);
+    __syncthreads();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * C::kRows + 8 * half + lane / 4;
+#pragma unroll
+      for (int n = 0; n < kValueTiles; ++n)
+        *reinterpret_cast<float2*>(parts + row * C::kSumStride + 8 * n + lane % 4 * 2) = {values[0][n][2 * half],
+                                                                                          values[0][n][2 * half + 1]};
+      if (lane % 4 == 0) stats[row] = {largest[0][half], sums[0][2 * half]};
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < (rows.end - rows.first) * C::kChunks; i += C::kThreads) {
+      const int row = i / C::kChunks, element = i % C::kChunks * 8;
+      float top = -kInfinity, sum = 0, v[8] = {};
+#pragma unroll
+      for (int w = 0; w < C::kKeyWarps; ++w) top = fmaxf(top, stats[w * C::kRows + row].x);
+#pragma unroll
+      for (int w = 0; w < C::kKeyWarps; ++w) {
+        const float2 stat = stats[w * C::kRows + row];
+        const float weight = stat.x == -kInfinity ? 0.0f : exp2_approx((stat.x - top) * p.scale);
+        sum += weight * stat.y;
+        const float* const part = parts + (w * C::kRows + row) * C::kSumStride + element;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v[e] += weight * part[e];
+      }
+      const int64_t to = out_row(rows.first + row);
+      if (p.splits == 1) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v[e] /= sum;
+        *reinterpret_cast<Vector*>(static_cast<T*>(p.out) + to * kHeadSize + element) = pack<T>(v);
+      } else {
+        float4* const part = reinterpret_cast<float4*>(p.values_of + (split_row + to) * kHeadSize + element);
+        part[0] = {v[0], v[1], v[2], v[3]}, part[1] = {v[4], v[5], v[6], v[7]};
+        if (element == 0) p.stats_of[split_row + to] = {top, sum};
+      }
+    }
+  } else if (p.splits == 1) {
+    // Through the queries' place, which only this warp reads, to stores of 16 bytes.
+    __syncwarp();
+    const int first = warp * C::kWarpRows;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float factor = 1.0f / sums[m][2 * half];
+#pragma unroll
+        for (int n = 0; n < kValueTiles; ++n)
+          *reinterpret_cast<uint32_t*>(queries +
+                                       QueryTile::offset(first + 16 * m + 8 * half + lane / 4, 8 * n + lane % 4 * 2)) =
+              pack<T>(values[m][n][2 * half] * factor, values[m][n][2 * half + 1] * factor);
+      }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < C::kWarpRows / C::kPassRows; ++i) {
+      const int row = i * C::kPassRows + chunk_row;
+      if (warp_row + row < rows.end)
+        *reinterpret_cast<Vector*>(static_cast<T*>(p.out) + out_row(warp_row + row) * kHeadSize + chunk) =
+            *reinterpret_cast<const Vector*>(queries + QueryTile::offset(first + row, chunk));
+    }
+  } else {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + 16 * m + 8 * half + lane / 4;
+        if (row >= rows.end) continue;
+        const int64_t to = split_row + out_row(row);
+#pragma unroll
+        for (int n = 0; n < kValueTiles; ++n)
+          *reinterpret_cast<float2*>(p.values_of + to * kHeadSize + 8 * n + lane % 4 * 2) = {
+              values[m][n][2 * half], values[m][n][2 * half + 1]};
+        if (lane % 4 == 0) p.stats_of[to] = {largest[m][half], sums[m][2 * half]};
+      }
+  }
+}
+
+constexpr int kCombineThreads = 128;
+
+/// The splits' sums to the output: a thread has 8 elements of a row.
+template <typename T, int kHeadSize>
+__global__ __launch_bounds__(kCombineThreads) void combine_kernel(const __grid_constant__ Parameters p) {
+  constexpr int kChunks = kHeadSize / 8;
+  const int64_t i = int64_t{blockIdx.x} * kCombineThreads + threadIdx.x, row = i / kChunks;
+  // Rows beyond the last sequence's, if there are any, are nobody's.
+  if (row >= int64_t{p.query_starts[p.sequences]} * p.query_heads) return;
+  float top = -kInfinity, sum = 0, v[8] = {};
+  for (int s = 0; s < p.splits; ++s) top = fmaxf(top, p.stats_of[s * p.rows + row].x);
+  for (int s = 0; s < p.splits; ++s) {
+    const float2 stat = p.stats_of[s * p.rows + row];
+    const float weight = stat.x == -kInfinity ? 0.0f : exp2_approx((stat.x - top) * p.scale);
+    sum += weight * stat.y;
+    const float4* const part =
+        reinterpret_cast<const float4*>(p.values_of + (s * p.rows + row) * kHeadSize + i % kChunks * 8);
+    const float4 low = part[0], high = part[1];
+    v[0] += weight * low.x, v[1] += weight * low.y, v[2] += weight * low.z, v[3] += weight * low.w;
+    v[4] += weight * high.x, v[5] += weight * high.y, v[6] += weight * high.z, v[7] += weight * high.w;
+  }
+#pragma unroll
+  for (int e = 0; e < 8; ++e) v[e] /= sum;
+  reinterpret_cast<Vector*>(p.out)[i] = pack<T>(v);
+}
+
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+constexpr int kNarrowRows = 16, kWideRows = 128;
+
+struct Plan {
+  bool narrow;
+  int64_t blocks;  // of a key/value head, of a split
+  int splits;
+};
+
+/// From sizes and bounds that the host knows: the same for every call that a captured graph repeats.
+Plan plan(const Attention& a) {
+  Plan plan{};
+  if (a.tokens == 0 || a.sequences == 0 || a.query_heads == 0) return plan;
+  const int64_t group = a.query_heads / a.key_cache.heads, queries = std::min(a.max_query_len, a.tokens);
+  plan.narrow = queries * group <= kNarrowRows;
+  plan.blocks = plan.narrow ? a.sequences : a.tokens * group / kWideRows + a.sequences;
+
+  // Enough splits to fill the device, if they have keys enough to be worth it: the fewest whose last round of blocks
+  // leaves little of it idle.
+  constexpr int kMaxSplits = 64, kMinSplitKeys = 256, kBlocksPerMultiprocessor = 2;
+  int64_t keys = a.max_context_len;
+  if (a.window > 0 && !a.spans) keys = std::min(keys, std::min<int64_t>(a.window, INT_MAX) + queries);
+  const int64_t slots = int64_t{current_device(kOperation).multiprocessors} * kBlocksPerMultiprocessor;
+  const int64_t blocks = plan.blocks * a.key_cache.heads;
+  const int64_t most = std::clamp<int64_t>(std::min(keys / kMinSplitKeys, ceil_div(slots, blocks)), 1, kMaxSplits);
+  const auto use = [&](int64_t splits) {
+    return static_cast<double>(blocks * splits) / (ceil_div(blocks * splits, slots) * slots);
+  };
+  double best = 0;
+  for (int64_t s = 1; s <= most; ++s) best = std::max(best, use(s));
+  plan.splits = 1;
+  while (use(plan.splits) < 0.85 * best) ++plan.splits;
+  return plan;
+}
+
+template <typename T, int kHeadSize>
+void run(const Plan& plan, const Attention& a, const Parameters& p, Stream stream) {
+  const dim3 grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(a.key_cache.heads),
+                  static_cast<unsigned>(plan.splits));
+  const auto launch_blocks = [&](auto config) {
+    using C = decltype(config);
+    launch<&attention_kernel<C>>(kOperation, grid, C::kThreads, C::kSharedBytes, stream, p);
+  };
+  static_assert(Config<T, kHeadSize, true>::kRows == kNarrowRows && Config<T, kHeadSize, false>::kRows == kWideRows);
+  if (plan.narrow)
+    launch_blocks(Config<T, kHeadSize, true>{});
+  else
+    launch_blocks(Config<T, kHeadSize, false>{});
+  if (plan.splits > 1)
+    launch<&combine_kernel<T, kHeadSize>>(
+        kOperation, dim3(static_cast<unsigned>(ceil_div(p.rows * kHeadSize / 8, kCombineThreads))), kCombineThreads, 0,
+        stream, p);
+}
+
+template <typename T>
+void run(const Plan& plan, const Attention& a, const Parameters& p, Stream stream) {
+  switch (a.key_cache.head_size) {
+    case 32:
+      return run<T, 32>(plan, a, p, stream);
+    case 64:
+      return run<T, 64>(plan, a, p, stream);
+    case 128:
+      return run<T, 128>(plan, a, p, stream);
+    case 256:
+      return run<T, 256>(plan, a, p, stream);
+    default:
+      throw std::runtime_error("pop::attention: key_cache's head size E is " + std::to_string(a.key_cache.head_size) +
+                               ", expected 32, 64, 128 or 256");
+  }
+}
+
+}  // namespace
+
+int64_t attention_workspace(const Attention& a) {
+  const Plan plan = cuda::plan(a);
+  return plan.splits > 1 ? plan.splits * a.tokens * a.query_heads * (a.key_cache.head_size + 2) * 4 : 0;
+}
+
+void attention(const Attention& a, void* workspace, Stream stream) {
+  const Plan plan = cuda::plan(a);
+  if (plan.splits == 0) return;
+  const auto cache = [](const PagedCache& c) { return Cache{c.data, c.block_stride, c.token_stride, c.head_stride}; };
+  Parameters p{};
+  p.query = a.query, p.query_token_stride = a.query_token_stride, p.query_head_stride = a.query_head_stride;
+  p.keys = cache(a.key_cache), p.values = cache(a.value_cache);
+  p.block_tables = a.block_tables, p.block_table_stride = a.block_table_stride;
+  p.query_starts = a.query_starts, p.context_lens = a.context_lens;
+  p.spans = a.spans, p.span_stride = a.span_stride;
+  p.group = cutlass::FastDivmod(static_cast<int>(a.query_heads / a.key_cache.heads));
+  p.block_size = cutlass::FastDivmod(static_cast<int>(std::min<int64_t>(a.key_cache.block_size, INT_MAX)));
+  p.sequences = static_cast<int>(a.sequences), p.query_heads = static_cast<int>(a.query_heads);
+  p.window = a.window > 0 ? static_cast<int>(std::min<int64_t>(a.window, INT_MAX)) : INT_MAX;
+  p.splits = plan.splits;
+  p.scale = a.scale * 1.44269504f;
+  p.rows = a.tokens * a.query_heads;
+  p.values_of = static_cast<float*>(workspace);
+  p.stats_of = reinterpret_cast<float2*>(p.values_of + plan.splits * p.rows * a.key_cache.head_size);
+  p.out = a.out;
+  if (a.dtype == DType::kBFloat16)
+    run<bf16>(plan, a, p, stream);
+  else
+    run<fp16>(plan, a, p, stream);
+}
+
 }  // namespace pop::cuda

@@ -13,11 +13,25 @@
 
 namespace pop::cuda {
 
+/// What to do about an error that is the installation's.
+inline const char* advice(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+      return "; the kernels need a GPU of compute capability 8.0 or later";
+    case cudaErrorInsufficientDriver:
+    case cudaErrorUnsupportedPtxVersion:
+      return "; update the NVIDIA driver to one for CUDA 13, or rebuild pop_ext with POP_CUDA_ARCHS set to this GPU's "
+             "compute capability (such as 90), so that the driver need not compile PTX";
+    default:
+      return "";
+  }
+}
+
 inline void check(const char* operation, cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that the next operation does not report this one's error again
   throw std::runtime_error(std::string("pop::") + operation + ": " + cudaGetErrorName(error) + ": " +
-                           cudaGetErrorString(error));
+                           cudaGetErrorString(error) + advice(error));
 }
 
 inline constexpr int kMaxDevices = 64;

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
 #include <vector>
 
 #include "torch/arguments.h"
@@ -63,10 +64,12 @@ class Current {
   Stream stream_ = nullptr;
 };
 
-/// An output or workspace that a kernel writes first.
+/// An output or workspace that a kernel writes first. On the software device it is NaN until then.
 void introduce(const Tensor& t, const char* name) {
-  if (emulated() && pop_emulator_register && t.numel() > 0)
-    pop_emulator_register(t.mutable_data_ptr(), t.numel() * t.element_size(), 0, name);
+  if (!emulated() || t.numel() == 0) return;
+  const size_t bytes = t.numel() * t.element_size();
+  std::memset(t.mutable_data_ptr(), 0xff, bytes);
+  if (pop_emulator_register) pop_emulator_register(t.mutable_data_ptr(), bytes, 0, name);
 }
 
 void forget(const Tensor& t) {
