@@ -56,7 +56,7 @@ def measure(model: str, depths: list[int] | None, **settings) -> list[dict]:
 
 def show(lines: list[dict], console: Console) -> None:
     for tokens in sorted({line["prompt_tokens"] for line in lines}):
-        table = Table(title=f"{tokens} prompt tokens, ms", box=box.SIMPLE_HEAD, padding=(0, 1))
+        table = Table(title=f"{tokens} prompt tokens, ms", box=box.SIMPLE_HEAD, collapse_padding=True)
         for column in ("depth", "prefill", "truncated", "projection", "boundary", "speed", "predicted", "GEMM"):
             table.add_column(column, justify="right", no_wrap=True)
         for line in lines:
