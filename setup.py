@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 class CMakeBuild(build_ext):
     def build_extension(self, extension):
         source = Path(__file__).resolve().parent
-        build = Path(self.build_temp).resolve()
+        build = Path(os.environ.get("POP_BUILD_DIR") or self.build_temp).resolve()  # a lasting one spares recompiling
         prefix = Path(self.get_ext_fullpath(extension.name)).resolve().parents[1]
         # cmake and ninja as installed beside this Python, where the environment is not activated
         environment = os.environ | {"PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]}

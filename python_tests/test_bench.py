@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,109 @@ def test_worker_failures_name_their_cause(folder):
             worker.run(prompt_tokens=4, decode_tokens=1)
     finally:
         worker.close()
+
+
+def test_depth(folder):
+    command = [sys.executable, str(ROOT / "bench" / "depth.py"), str(folder), "--json", "--rounds", "2"]
+    result = subprocess.run([*command, "--prompt-tokens", "8", "33"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""  # quiet in a pipe
+    lines = json.loads(result.stdout)
+    assert [(line["prompt_tokens"], line["prefill_depth"]) for line in lines] == [
+        (tokens, depth) for tokens in (8, 33) for depth in (4, 3, 2, 1)
+    ]
+    for line in lines:
+        fast, slow = line["seconds_range"]
+        assert fast <= line["seconds"] <= slow
+        assert set(line["stages_seconds"]) == {"truncated_prefill", "projection", "boundary"}
+        assert 0 < sum(line["stages_seconds"].values()) < 2 * slow
+        assert line["relative"] > 0 and line["gemm_share"] > 0
+    predicted = [line["predicted_relative"] for line in lines[4:]]
+    assert predicted[0] == predicted[1] == 1 < predicted[2] < predicted[3]  # a depth of 4 counts as 3
+
+
+# The kernels' microbenchmark programs, on the software device.
+
+KERNELS = "rms_norm", "linear", "gated_linear", "qkv_project", "attention", "project_kv"
+
+
+@pytest.fixture(scope="module")
+def run_kernel():
+    """Runs one of the programs, which are built with what pip built, and returns the finished process."""
+    from pop_ext import emulator
+
+    try:
+        device = emulator.library_path()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    build = ROOT / "build" / "cmake"
+    if not (build / "build.ninja").exists():
+        pytest.skip(f"{build} is not there: pip was run without POP_BUILD_DIR={build}")
+    if "bench_kernels:" not in (build / "build.ninja").read_text():
+        pytest.skip("the build has no CUDA kernels: nvcc or the package nvidia-cutlass was missing")
+    tools = os.environ | {"PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]}
+    tools.pop("LD_PRELOAD", None)
+    subprocess.run(["cmake", "--build", build, "--target", "bench_kernels"], check=True, env=tools)
+
+    def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"LD_LIBRARY_PATH": str(device)}
+        command = [build / "bench" / name, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels(run_kernel, name):
+    result = run_kernel(
+        name, "--json", "--model", "SmolLM2-135M", "Gemma-3-4B", "--tokens", "3", "70", "--context", "99"
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["software"] and "software" in report["device"]
+    lines = report["lines"]
+    assert {(line["model"], line["tokens"]) for line in lines} == {
+        (model, tokens) for model in ("SmolLM2-135M", "Gemma-3-4B") for tokens in (3, 70)
+    }
+    for line in lines:
+        assert line["operation"] == name
+        assert 0 < line["error"] <= 1
+        assert line["warp_instructions"] > line["compulsory_mma"] + line["compulsory_accesses"] > 0
+        assert "seconds" not in line  # times there mean nothing
+    expected = {
+        "rms_norm": (0, 2 * 2 * 3 * 576 + 4 * 576),
+        "linear": (2 * 3 * 576 * 6 * 64, 2 * (3 * 6 * 64 + 576 * 6 * 64 + 2 * 3 * 576)),
+        "gated_linear": (2 * 3 * 2 * 1536 * 576, 2 * (3 * 576 + 2 * 1536 * 576 + 3 * 1536)),
+        "qkv_project": (2 * 3 * 10 * 64 * 576, 2 * (3 * 576 + 10 * 64 * 576 + 3 * 10 * 64) + 4 * 3 * 64 + 8 * 3),
+        "attention": (4 * 3 * 6 * 64 * 99, 2 * (2 * 3 * 6 * 64 + 2 * 3 * 99 * 2 * 64)),
+        "project_kv": (2 * 3 * 8 * 64 * 576, 2 * (3 * 576 + 8 * 64 * 576 + 3 * 8 * 64) + 4 * 3 * 64 + 8 * 3),
+    }
+    assert (lines[0]["operations"], lines[0]["bytes"]) == expected[name]
+
+
+def test_kernels_with_times(run_kernel):
+    """The part that takes times on a GPU: rotation, capture, events, ceilings."""
+    result = run_kernel("linear", "--json", "--time", "--model", "SmolLM2-135M", "--tokens", "70")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["gemm_by"] == "linear"
+    for line in report["lines"]:
+        assert 0 < line["seconds_p10"] <= line["seconds"] <= line["seconds_p90"]
+        assert line["operations_per_second"] == pytest.approx(line["operations"] / line["seconds"])
+        rates = {"gemm": line["operations"] / report["gemm_operations_per_second"]}
+        rates["copy"] = line["bytes"] / report["copy_bytes_per_second"]
+        assert line["limited_by"] == max(rates, key=rates.get)
+        assert line["limit_share"] == pytest.approx(max(rates.values()) / line["seconds"])
+
+
+def test_kernels_refuse(run_kernel):
+    for arguments, message in [
+        (["--model", "GPT"], "--model takes Llama-3.1-8B, Qwen3-VL-8B, Gemma-3-4B, SmolLM2-135M, not GPT"),
+        (["--tokens", "0"], "--tokens takes numbers from 1 to 1048576, not 0"),
+        (["--tokens", "--json"], "--tokens needs a value"),
+        (["--context", "7x"], "--context takes numbers from 1 to 1048576, not 7x"),
+        (["--speed"], "unknown argument --speed"),
+    ]:
+        result = run_kernel("linear", *arguments)
+        assert result.returncode == 1 and result.stdout == ""
+        assert result.stderr.startswith(f"error: {message}")
