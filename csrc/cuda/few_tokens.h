@@ -30,11 +30,12 @@ struct FewTokens {
 };
 
 /// 16 bytes that are read once: past L1.
+template <int kOffset>
 __device__ inline Vector load_streaming(const void* from) {
   Vector v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(v.pairs[0]), "=r"(v.pairs[1]), "=r"(v.pairs[2]), "=r"(v.pairs[3])
-               : "l"(from));
+               : "l"(from), "n"(kOffset));
   return v;
 }
 
@@ -50,20 +51,18 @@ __global__ __launch_bounds__(Shape::kThreads) void few_tokens_gemm(const __grid_
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int depth_group = warp / Shape::kRowGroups, first_row = warp % Shape::kRowGroups * kM * 16;
   const int k0 = depth_group * 32 + lane % 4 * 8;
-  const T* weight[kM][2];
-  bool row_present[kM][2];
+  // Where there is no such row or token it may be any: its sums go nowhere.
+  const T *weight[kM][2], *x[kN];
 #pragma unroll
   for (int i = 0; i < kM; ++i)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = p.epilogue.weight_row(blockIdx.x, Shape::kColumns, first_row + 16 * i + 8 * half + lane / 4);
-      row_present[i][half] = row >= 0;
-      weight[i][half] = static_cast<const T*>(p.weight) + (row >= 0 ? row : 0) * p.weight_stride;
+      weight[i][half] = static_cast<const T*>(p.weight) + max(row, int64_t{0}) * p.weight_stride + k0;
     }
-  const T* x[kN];
 #pragma unroll
   for (int j = 0; j < kN; ++j)
-    x[j] = static_cast<const T*>(p.x) + int64_t{min(8 * j + lane / 4, p.tokens - 1)} * p.x_stride;
+    x[j] = static_cast<const T*>(p.x) + int64_t{min(8 * j + lane / 4, p.tokens - 1)} * p.x_stride + k0;
 
   float sums[kM][kN][4] = {};
   const auto multiply = [&](const Vector(&w)[kM][2], const Vector(&v)[kN]) {
@@ -77,19 +76,38 @@ __global__ __launch_bounds__(Shape::kThreads) void few_tokens_gemm(const __grid_
         for (int j = 0; j < kN; ++j) multiply_add<T>(sums[i][j], a, v[j].pairs[2 * half], v[j].pairs[2 * half + 1]);
       }
   };
-#pragma unroll kUnroll
-  for (int k = k0; k < p.depth + lane % 4 * 8; k += kStep) {  // the same number of steps in every lane
-    const bool inside = k < p.depth;
-    Vector w[kM][2], v[kN];
+  // A group of steps, whose reads are all on their way before the first is multiplied; lanes beyond the depth have
+  // zeros.
+  int left = p.depth - k0;  // of this lane's columns
+  const auto advance = [&]<bool kWhole>(std::bool_constant<kWhole>) {
+    Vector w[kUnroll][kM][2], v[kUnroll][kN];
+    unrolled<kUnroll>([&](auto n) {
+      const bool inside = kWhole || left > n * kStep;
 #pragma unroll
-    for (int i = 0; i < kM; ++i)
+      for (int i = 0; i < kM; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        w[i][half] = inside && row_present[i][half] ? load_streaming(weight[i][half] + k) : Vector{};
+        for (int half = 0; half < 2; ++half) {
+          w[n][i][half] = {};
+          if (inside) w[n][i][half] = load_streaming<n * kStep * 2>(weight[i][half]);
+        }
 #pragma unroll
-    for (int j = 0; j < kN; ++j) v[j] = inside ? *reinterpret_cast<const Vector*>(x[j] + k) : Vector{};
-    multiply(w, v);
-  }
+      for (int j = 0; j < kN; ++j) {
+        v[n][j] = {};
+        if (inside) v[n][j] = *reinterpret_cast<const Vector*>(x[j] + n * kStep);
+      }
+    });
+#pragma unroll
+    for (int n = 0; n < kUnroll; ++n) multiply(w[n], v[n]);
+#pragma unroll
+    for (int i = 0; i < kM; ++i) weight[i][0] += kUnroll * kStep, weight[i][1] += kUnroll * kStep;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) x[j] += kUnroll * kStep;
+    left -= kUnroll * kStep;
+  };
+  // The same number of groups in every lane of a warp: by the depth left to its first.
+  int warp_left = p.depth - depth_group * 32;
+  for (; warp_left > (kUnroll - 1) * kStep + 24; warp_left -= kUnroll * kStep) advance(std::true_type{});
+  for (; warp_left > 0; warp_left -= kUnroll * kStep) advance(std::false_type{});
 
   // Rows of the weight become columns of the sums.
 #pragma unroll

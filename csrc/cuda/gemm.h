@@ -12,13 +12,13 @@
 //   finish<T, ...>(sums, ...)    takes finished rows of sums from shared memory to where they belong
 
 #include <algorithm>
-#include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/swizzle_layout.hpp>
 
 #include "cuda/device.h"
 #include "cuda/numbers.h"
+#include "cuda/shared.h"
 
 namespace pop::cuda {
 
@@ -72,8 +72,10 @@ using OperandAtom = decltype(cute::composition(
     cute::Swizzle<2, 3, 3>{},
     cute::Layout<cute::Shape<cute::_8, cute::Int<kTileDepth>>, cute::Stride<cute::Int<kTileDepth>, cute::_1>>{}));
 
-/// Where (row, k) of an operand's tile is, in elements.
-__device__ inline int operand_offset(int row, int k) { return row / 8 * (8 * kTileDepth) + OperandAtom{}(row % 8, k); }
+/// Where (row, k) of an operand's tile is, in bytes.
+__device__ inline int operand_offset(int row, int k) {
+  return 2 * (row / 8 * (8 * kTileDepth) + OperandAtom{}(row % 8, k));
+}
 
 /// One thread's part of filling an operand's tile: chunk threadIdx.x % 4 of the rows threadIdx.x / 4 + i kThreads / 4.
 template <typename T, int kRows, int kThreads>
@@ -81,33 +83,25 @@ struct OperandLoader {
   static constexpr int kCount = kRows * (kTileDepth / 8) / kThreads, kRowStep = kThreads / (kTileDepth / 8);
   static_assert(kCount >= 1 && kRowStep % 8 == 0);
 
-  const T* rows[kCount];
-  uint32_t present = 0;
-  int k, offset;
+  const T* next[kCount];
+  uint32_t to;
 
-  /// row(r) is the operand's row for row r of the tile, negative for none.
+  /// row(r) is the operand's row for row r of the tile. Where there is none it may be any: its sums go nowhere.
   template <typename Row>
-  __device__ OperandLoader(const void* data, int64_t stride, Row&& row) {
-    const int first = threadIdx.x / (kTileDepth / 8);
-    k = threadIdx.x % (kTileDepth / 8) * 8;
-    offset = operand_offset(first, k);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t r = row(first + i * kRowStep);
-      present |= uint32_t{r >= 0} << i;
-      rows[i] = static_cast<const T*>(data) + (r >= 0 ? r * stride : 0) + k;
-    }
-  }
-
-  /// Starts the copies of columns [at, at + 32) to `shared`; zeros beyond `end` and for rows that are not there.
-  __device__ void fetch(T* shared, int at, int end) const {
-    const bool inside = at + k < end;
+  __device__ OperandLoader(uint32_t ring, const void* data, int64_t stride, int begin, Row&& row) {
+    const int first = threadIdx.x / (kTileDepth / 8), k = threadIdx.x % (kTileDepth / 8) * 8;
+    to = held(ring + operand_offset(first, k));
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
-          *reinterpret_cast<const cute::uint128_t*>(rows[i] + at),
-          *reinterpret_cast<cute::uint128_t*>(shared + offset + i * kRowStep * kTileDepth),
-          inside && (present >> i & 1));
+      next[i] = static_cast<const T*>(data) + row(first + i * kRowStep) * stride + begin + k;
+  }
+
+  /// Starts copies of the next 32 columns; `bytes` is 16, or 0 beyond the end of the depth.
+  __device__ void fetch(uint32_t stage_offset, int bytes) {
+    unrolled<kCount>([&](auto i) {
+      copy_async<i * kRowStep * kTileDepth * 2>(to + stage_offset, next[i], bytes);
+      next[i] += kTileDepth;
+    });
   }
 };
 
@@ -118,15 +112,10 @@ __device__ inline void wait_for_copies(int stages) {
     cute::cp_async_wait<1>();
 }
 
-template <typename T>
-__device__ inline void load_matrices(uint32_t (&to)[4], const T* from) {
-  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(from), to[0], to[1], to[2], to[3]);
-}
-
 template <typename T, typename Tile, typename Epilogue>
 __global__ __launch_bounds__(Tile::kThreads,
                              Tile::kBlocks) void tile_gemm(const __grid_constant__ GemmParameters<Epilogue> p) {
-  constexpr int kM = Tile::kWarpRows / 16, kN = Tile::kWarpColumns / 16;
+  constexpr int kM = Tile::kWarpRows / 16, kN = Tile::kWarpColumns / 16;  // of 16 each
   constexpr int kWarpsAcross = Tile::kColumns / Tile::kWarpColumns;
   extern __shared__ __align__(128) unsigned char shared[];
 
@@ -136,43 +125,45 @@ __global__ __launch_bounds__(Tile::kThreads,
   const int token0 = (first_tile + static_cast<int>(blockIdx.x) % group % height) * Tile::kRows;
   const int column_tile = static_cast<int>(blockIdx.x) % group / height;
 
-  const OperandLoader<T, Tile::kRows, Tile::kThreads> x(
-      p.x, p.x_stride, [&](int r) { return token0 + r < p.tokens ? int64_t{token0} + r : int64_t{-1}; });
-  const OperandLoader<T, Tile::kColumns, Tile::kThreads> weight(
-      p.weight, p.weight_stride, [&](int r) { return p.epilogue.weight_row(column_tile, Tile::kColumns, r); });
-  constexpr int kXElements = Tile::kRows * kTileDepth, kWeightElements = Tile::kColumns * kTileDepth;
-  T* const x_ring = reinterpret_cast<T*>(shared);
-  T* const weight_ring = x_ring + p.stages * kXElements;
+  // The ring: stages of a tile of x and one of the weight.
+  constexpr int kXBytes = Tile::kRows * kTileDepth * 2, kStageBytes = kXBytes + Tile::kColumns * kTileDepth * 2;
+  const uint32_t x_ring = shared_address(shared), weight_ring = x_ring + kXBytes;
+  const uint32_t ring_bytes = p.stages * kStageBytes;
   const int begin = static_cast<int>(blockIdx.y) * p.split_depth, end = min(p.depth, begin + p.split_depth);
+  OperandLoader<T, Tile::kRows, Tile::kThreads> x(x_ring, p.x, p.x_stride, begin,
+                                                  [&](int r) { return int64_t{min(token0 + r, p.tokens - 1)}; });
+  OperandLoader<T, Tile::kColumns, Tile::kThreads> weight(weight_ring, p.weight, p.weight_stride, begin, [&](int r) {
+    return max(p.epilogue.weight_row(column_tile, Tile::kColumns, r), int64_t{0});
+  });
   const int steps = ceil_div(end - begin, kTileDepth);
-  const auto fetch = [&](int stage, int step) {
-    if (step < steps) {
-      x.fetch(x_ring + stage * kXElements, begin + step * kTileDepth, end);
-      weight.fetch(weight_ring + stage * kWeightElements, begin + step * kTileDepth, end);
-    }
-    cute::cp_async_fence();
+  int left = end - begin - static_cast<int>(threadIdx.x) % (kTileDepth / 8) * 8;  // of this thread's columns
+  const auto fetch = [&](uint32_t at) {
+    const int bytes = left > 0 ? 16 : 0;
+    x.fetch(at, bytes);
+    weight.fetch(at, bytes);
+    left -= kTileDepth;
   };
-  for (int stage = 0; stage < p.stages - 1; ++stage) fetch(stage, stage);
+  for (int stage = 0; stage < p.stages - 1; ++stage) {
+    if (stage < steps) fetch(stage * kStageBytes);
+    cute::cp_async_fence();
+  }
 
   // What this lane points ldmatrix at. A: 16 tokens by 16 deep, its four matrices being tokens 0-7, 8-15 of k 0-7, then
   // of k 8-15; B: 16 rows of the weight, k 0-7 and 8-15 of rows 0-7, then of rows 8-15.
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp / kWarpsAcross * Tile::kWarpRows, warp_column = warp % kWarpsAcross * Tile::kWarpColumns;
-  int a_offset[2], b_offset[2];
+  uint32_t a_address[2], b_address[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    a_offset[half] = operand_offset(warp_row + lane % 16, 16 * half + lane / 16 * 8);
-    b_offset[half] = operand_offset(warp_column + lane % 8 + lane / 16 * 8, 16 * half + lane / 8 % 2 * 8);
+    a_address[half] = held(x_ring + operand_offset(warp_row + lane % 16, 16 * half + lane / 16 * 8));
+    b_address[half] =
+        held(weight_ring + operand_offset(warp_column + lane % 8 + lane / 16 * 8, 16 * half + lane / 8 % 2 * 8));
   }
   uint32_t a[2][kM][4], b[2][kN][4];
   float sums[kM][2 * kN][4] = {};
-  const auto load = [&](int half, int stage) {
-#pragma unroll
-    for (int i = 0; i < kM; ++i)
-      load_matrices(a[half][i], x_ring + stage * kXElements + a_offset[half] + i * 16 * kTileDepth);
-#pragma unroll
-    for (int j = 0; j < kN; ++j)
-      load_matrices(b[half][j], weight_ring + stage * kWeightElements + b_offset[half] + j * 16 * kTileDepth);
+  const auto load = [&](int half, uint32_t at) {
+    unrolled<kM>([&](auto i) { load_matrices<i * 16 * kTileDepth * 2>(a[half][i], a_address[half] + at); });
+    unrolled<kN>([&](auto j) { load_matrices<j * 16 * kTileDepth * 2>(b[half][j], b_address[half] + at); });
   };
   const auto multiply = [&](int half) {
 #pragma unroll
@@ -182,16 +173,17 @@ __global__ __launch_bounds__(Tile::kThreads,
         multiply_add<T>(sums[i][j], a[half][i], b[half][j / 2][j % 2 * 2], b[half][j / 2][j % 2 * 2 + 1]);
   };
 
-  int read = 0, write = p.stages - 1;
+  uint32_t read = 0, write = ring_bytes - kStageBytes;
   wait_for_copies(p.stages);
   __syncthreads();
   load(0, 0);
   for (int step = 0; step < steps; ++step) {
     load(1, read);
-    fetch(write, step + p.stages - 1);  // into the stage whose last reader passed the barrier below
+    if (step + p.stages - 1 < steps) fetch(write);  // into the stage whose last reader passed the barrier below
+    cute::cp_async_fence();
     write = read;
     multiply(0);
-    if (++read == p.stages) read = 0;
+    read = read + kStageBytes == ring_bytes ? 0 : read + kStageBytes;
     wait_for_copies(p.stages);
     __syncthreads();
     if (step + 1 < steps) load(0, read);
