@@ -132,6 +132,13 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+/// The weight of a score, given how far below the largest it is. float16 has no exponents below -24: there the largest
+/// weight is 2^15, not 1, lest small ones be lost.
+template <typename T>
+__device__ inline float weight_of(float below_largest) {
+  return exp2_approx(std::is_same_v<T, fp16> ? below_largest + 15 : below_largest);
+}
+
 /// A block's rows [first, end) of a sequence, whose row r is head r % group of query token r / group.
 struct Rows {
   int sequence, start, context, first, end;  // start: the sequence's first token of all
@@ -386,7 +393,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
               float& score = scores[m][n][2 * half + j];
-              score = exp2_approx((score - base) * p.scale);
+              score = weight_of<T>((score - base) * p.scale);
             }
         }
 #pragma unroll
