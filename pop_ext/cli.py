@@ -82,10 +82,11 @@ def sampling_settings(temperature: float | None, top_p: float | None, top_k: int
 
 
 def describe_times(times, prompt_tokens: int) -> str:
+    vision = f"vision tower {times.vision:.3f}, " if times.vision else ""
     line = (
-        f"{prompt_tokens} prompt tokens, first token after {times.time_to_first_token:.3f} s ("
-        f"{f'vision tower {times.vision:.3f}, ' if times.vision else ''}truncated prefill {times.truncated_prefill:.3f}, "
-        f"projection {times.projection:.3f}, boundary {times.boundary:.3f})"
+        f"{prompt_tokens} prompt tokens, first token after {times.time_to_first_token:.3f} s "
+        f"({vision}truncated prefill {times.truncated_prefill:.3f}, projection {times.projection:.3f}, "
+        f"boundary {times.boundary:.3f})"
     )
     rate = times.decode_tokens_per_second
     return line if rate is None else f"{line}; {times.decode_tokens} tokens decoded at {rate:.1f} a second"

@@ -320,11 +320,11 @@ def check_mrope_section(name: str, value, frequencies: int) -> None:
     """Three counts, of the frequencies that turn with time, height and width."""
     counts = isinstance(value, list) and len(value) == 3 and all(type(count) is int and count >= 0 for count in value)
     if not counts or sum(value) != frequencies:
-        raise ValueError(f"{name} is {short(value)}, expected three counts that sum to half the head size, {frequencies}")
+        raise ValueError(f"{name} is {short(value)}, expected three counts with the sum {frequencies}, head_dim / 2")
 
 
 def check_vision(config) -> None:
-    """ValueError unless a vision-language config's parts fit one another. Numbers' bounds are `check_vision_numbers`'."""
+    """ValueError unless a vision-language config's parts fit one another. `check_vision_numbers` has the bounds."""
     text, vision = config.text_config, config.vision_config
     check_vision_numbers(config.model_type, vars(config), vars(vision))
     for key in PLACEHOLDERS[config.model_type]:
@@ -337,8 +337,8 @@ def check_vision(config) -> None:
         side, patches = math.isqrt(config.mm_tokens_per_image), vision.image_size // vision.patch_size
         if side**2 != config.mm_tokens_per_image or patches % side or patches == 0:
             raise ValueError(
-                f"mm_tokens_per_image is {config.mm_tokens_per_image}, expected a square whose side divides the image's "
-                f"{patches} patches"
+                f"mm_tokens_per_image is {config.mm_tokens_per_image}, expected a square whose side divides the "
+                f"image's {patches} patches"
             )
         return
     if vision.hidden_size // heads % 4:
@@ -359,8 +359,8 @@ def check_vision(config) -> None:
         or len(indexes) >= text.num_hidden_layers
     ):
         raise ValueError(
-            f"deepstack_visual_indexes is {short(indexes)}, expected ascending layers of the vision tower, fewer than the "
-            f"decoder's {text.num_hidden_layers} layers"
+            f"deepstack_visual_indexes is {short(indexes)}, expected ascending layers of the vision tower, fewer than "
+            f"the decoder's {text.num_hidden_layers} layers"
         )
 
 

@@ -59,8 +59,9 @@ UNSUPPORTED_SETTINGS = {
 class GenerationTimes:
     """Seconds of wall time of one `generate` call, all rows together.
 
-    The vision tower, the three stages of prefill, then the decode loop: model, choice of token and streamer. `time_to_first_token` runs
-    from the call until the first tokens are chosen, so it is the stages before and what surrounds them.
+    The vision tower, the three stages of prefill, then the decode loop: model, choice of token and streamer.
+    `time_to_first_token` runs from the call until the first tokens are chosen, so it is the first four and what
+    surrounds them, as the processing of images.
     """
 
     vision: float = 0.0
@@ -398,7 +399,9 @@ def encode_prompt(model, prompt, name: str, history: list[int], images=(), video
         if model.vision is not None:
             kinds = {kind: model.vision.placeholder(kind, model.tokenizer) for kind in model.vision.kinds}
             if is_text and not any(token in text for token in kinds.values()):
-                text = "".join(model.vision.written(kind, model.tokenizer) for kind in kinds for _ in media[kind]) + text
+                text = (
+                    "".join(model.vision.written(kind, model.tokenizer) for kind in kinds for _ in media[kind]) + text
+                )
             text = model.vision.expand(text, media, name, model.tokenizer)
         token_ids = model.tokenizer(text, add_special_tokens=is_text and not history).input_ids
         # A finished answer ends with the token that a chat template puts after it: once is enough.
@@ -460,7 +463,9 @@ def _chat_media(messages, name: str, images, videos) -> tuple[list, list, list]:
                 result[i], found, waiting = message | {"content": parts + text}, waiting, {}
     for kind, items in waiting.items():
         if items:
-            raise ValueError(f"{name} has {len(found[kind])} parts of type {kind}, but {len(items)} more {kind}s are given")
+            raise ValueError(
+                f"{name} has {len(found[kind])} parts of type {kind}, but {len(items)} more {kind}s are given"
+            )
     return result, found["image"], found["video"]
 
 

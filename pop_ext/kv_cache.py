@@ -52,7 +52,7 @@ class Sequence:
         self.visuals.append(visual)
 
     def positions(self, start: int, end: int) -> torch.Tensor:
-        """Positions [3, end - start] int64 of the tokens [start, end): time, height, width (Qwen3-VL, arXiv 2511.21631).
+        """Positions [3, end - start] int64 of tokens [start, end): time, height, width (Qwen3-VL, arXiv 2511.21631).
 
         Text counts on in all three; an image stands at one time, its rows and columns count from there.
         """

@@ -251,7 +251,16 @@ class Model(GenerationMixin):
         return results
 
     def _turn(
-        self, sequences, prompts, name: str, depth: int, times: StageTimes, visuals=None, *, deep=False, all_logits=False
+        self,
+        sequences,
+        prompts,
+        name: str,
+        depth: int,
+        times: StageTimes,
+        visuals=None,
+        *,
+        deep=False,
+        all_logits=False,
     ) -> Tensor:
         """Appends prompts and runs all that is not in the cache, `chunk_tokens` at a time; nothing of it stays if that
         fails.
@@ -419,7 +428,7 @@ def _chunks(pieces: list[Piece], size: int, whole_images: bool) -> Iterator[list
 
 
 def _visual_rows(pieces: list[Piece], offsets: list[int]) -> tuple[Tensor | None, Tensor | None]:
-    """The rows of a forward pass that are tokens of images, and their features [1 + d, rows, D]; None if there are none.
+    """The rows of a forward pass that are tokens of images, and their features [1 + d, rows, D]; None without any.
 
     offsets: the row at which each piece begins.
     """
@@ -448,15 +457,15 @@ def _check_visuals(visuals, prompts, spec: ModelSpec, depth: int) -> list[list[V
                 raise ValueError(f"visuals[{i}] has images, but this model ({spec.model_type}) reads text only")
             if not end <= visual.start < visual.end <= len(prompt):
                 raise ValueError(
-                    f"visuals[{i}] has an image at [{visual.start}, {visual.end}), expected one in [{end}, {len(prompt)})"
+                    f"visuals[{i}] has an image at [{visual.start}, {visual.end}), expected [{end}, {len(prompt)})"
                 )
             end, shape = visual.end, tuple(visual.features.shape)
             if shape[1:] != (visual.end - visual.start, spec.hidden_size):
                 raise ValueError(f"visuals[{i}] has features of shape {shape}, expected (1 + d, tokens, hidden size)")
             if depth < shape[0] - 1:
                 raise ValueError(
-                    f"prefill_depth is {depth} layers, expected at least {shape[0] - 1} for a prompt with images: DeepStack "
-                    f"adds visual features to the hidden state after each of the first {shape[0] - 1} layers"
+                    f"prefill_depth is {depth} layers, expected at least {shape[0] - 1} for a prompt with images: "
+                    f"DeepStack adds visual features to the hidden state after each of the first {shape[0] - 1} layers"
                 )
     return [list(images) for images in visuals]
 

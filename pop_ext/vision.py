@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoint import CONFIG_LIMIT, CheckpointError, _one_line, _read_json, load_vision_weights
+from .checkpoint import CONFIG_LIMIT, CheckpointError, _file, _one_line, _read_json, load_vision_weights
 from .families import ModelSpec, check_number, short
 from .kv_cache import Visual
 
@@ -61,7 +61,10 @@ class Vision:
 
     def placeholder(self, kind: str, tokenizer) -> str:
         """The token that the user, or the chat template, writes where an image or video goes."""
-        ids = {"image": self.config.boi_token_id if self.is_gemma else self.image_token_id, "video": self.video_token_id}
+        ids = {
+            "image": self.config.boi_token_id if self.is_gemma else self.image_token_id,
+            "video": self.video_token_id,
+        }
         return tokenizer.convert_ids_to_tokens(ids[kind])
 
     def written(self, kind: str, tokenizer) -> str:
@@ -101,9 +104,8 @@ class Vision:
             crops = len(media.pixel_values) - 1
             if not crops:
                 return whole
-            return (
-                f"Here is the original image {whole} and here are some crops to help you see better "
-                + " ".join([whole] * crops)
+            return f"Here is the original image {whole} and here are some crops to help you see better " + " ".join(
+                [whole] * crops
             )
         tokens = self._tokens(media)
         if not times:
@@ -129,15 +131,13 @@ class Vision:
         for kind, token_id, media in (("image", self.image_token_id, images), ("video", self.video_token_id, videos)):
             at = [index for index, token in enumerate(token_ids) if token == token_id] if token_id is not None else []
             parts = [
-                item
-                for item in media
-                for _ in range(len(item.pixel_values) if self.is_gemma else item.grid_thw[0])
+                item for item in media for _ in range(len(item.pixel_values) if self.is_gemma else item.grid_thw[0])
             ]
             expected = sum(map(self._tokens, parts))
             if len(at) != expected:
                 raise ValueError(
-                    f"{name} has {len(at)} {kind} placeholder tokens (id {token_id}), but its {len(media)} {kind}s take "
-                    f"{expected}"
+                    f"{name} has {len(at)} {kind} placeholder tokens (id {token_id}), but its {len(media)} {kind}s "
+                    f"take {expected}"
                 )
             used = 0
             for item in media:
@@ -147,8 +147,7 @@ class Vision:
                 start, last = at[used], at[used + count - 1]
                 if last - start != count - 1:
                     raise ValueError(
-                        f"{name}: the {count} placeholder tokens of an {kind} at {start} are not consecutive, or not as "
-                        "many as it takes"
+                        f"{name}: the {count} placeholder tokens of the {kind} at {start} are not consecutive"
                     )
                 item.spans.append((start, last + 1))
                 used += count
@@ -317,7 +316,7 @@ def _load_image_processor(folder: Path, config, is_gemma: bool):
             from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
         for name in PROCESSOR_FILES:
             if (folder / name).is_file():
-                _read_json(folder / name, CONFIG_LIMIT)
+                _read_json(_file(folder, name), CONFIG_LIMIT)
         processor = Processor.from_pretrained(folder, local_files_only=True)
     except CheckpointError:
         raise
@@ -361,10 +360,10 @@ def _load_video_settings(folder: Path, config) -> dict:
     settings = {key: getattr(Defaults, key) for key in keys} | {"rescale_factor": 1 / 255}
     path = folder / "video_preprocessor_config.json"
     if path.is_file():
-        given = _read_json(path, CONFIG_LIMIT)
+        given = _read_json(_file(folder, path.name), CONFIG_LIMIT)
     else:
         path = folder / "processor_config.json"
-        given = _read_json(path, CONFIG_LIMIT).get("video_processor", {}) if path.is_file() else {}
+        given = _read_json(_file(folder, path.name), CONFIG_LIMIT).get("video_processor") if path.is_file() else None
     vision = config.vision_config
     expected = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size,
                 "temporal_patch_size": vision.temporal_patch_size}  # fmt: skip

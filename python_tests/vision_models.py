@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,8 @@ class TinyVision:
             )  # fmt: skip
             model = transformers.Qwen3VLForConditionalGeneration(config)
             Qwen2VLImageProcessorPil(**self.processor).save_pretrained(folder)
+            video = self.processor | {"size": {"shortest_edge": 256, "longest_edge": 5000}}
+            (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
         randomise(model.float(), seed)
         model.save_pretrained(folder)
         tokenizer(self.gemma).save_pretrained(folder)
@@ -100,8 +103,8 @@ TINY_VISION = {
     "qwen3_vl": TinyVision(
         text=dict(hidden_size=72, intermediate_size=101, num_hidden_layers=6, num_attention_heads=6,
                   num_key_value_heads=2, head_dim=32, rope_parameters=mrope(6, 5, 5)),
-        vision=dict(hidden_size=48, intermediate_size=70, depth=3, num_heads=3, patch_size=4, num_position_embeddings=49,
-                    deepstack_visual_indexes=[0, 2]),
+        vision=dict(hidden_size=48, intermediate_size=70, depth=3, num_heads=3, patch_size=4,
+                    num_position_embeddings=49, deepstack_visual_indexes=[0, 2]),
         top=dict(tie_word_embeddings=False),
         processor=dict(patch_size=4, size={"shortest_edge": 256, "longest_edge": 24 * 40}),
     ),
@@ -109,8 +112,8 @@ TINY_VISION = {
     "qwen3_vl_tied": TinyVision(
         text=dict(hidden_size=60, intermediate_size=80, num_hidden_layers=5, num_attention_heads=3,
                   num_key_value_heads=1, head_dim=80, rope_parameters=mrope(20, 15, 5), attention_bias=True),
-        vision=dict(hidden_size=32, intermediate_size=50, depth=2, num_heads=2, patch_size=3, num_position_embeddings=16,
-                    spatial_merge_size=3, deepstack_visual_indexes=[1]),
+        vision=dict(hidden_size=32, intermediate_size=50, depth=2, num_heads=2, patch_size=3,
+                    num_position_embeddings=16, spatial_merge_size=3, deepstack_visual_indexes=[1]),
         top=dict(tie_word_embeddings=True),
         processor=dict(patch_size=3, merge_size=3, size={"shortest_edge": 81 * 4, "longest_edge": 81 * 14}),
     ),
