@@ -26,9 +26,13 @@ from .families import (
     INTEGERS,
     MODEL_FAMILIES,
     NUMBERS,
+    PLACEHOLDERS,
+    VISION_FAMILIES,
+    VISION_INTEGERS,
     ModelSpec,
     check_numbers,
     check_supported,
+    check_vision_numbers,
     family_of,
     short,
 )
@@ -47,6 +51,17 @@ CONFIG_KEYS = (
     *INTEGERS, *NUMBERS, *BOOLEANS, "hidden_act", "hidden_activation", "layer_types", "rope_parameters", "rope_scaling",
     "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+VISION_KEYS = ("model_type", "hidden_act", "layer_norm_eps", "deepstack_visual_indexes", "rope_parameters")
+
+# Names of a vision-language checkpoint's tensors, as they are published and as transformers saves them -> ours: the
+# decoder's like those of a decoder alone, the vision tower's like those of transformers' modules.
+VISION_NAMES = (
+    (r"^(model\.language_model|language_model\.model)\.", "model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^model\.(visual|vision_tower|multi_modal_projector)\.", r"\1."),
+    (r"^vision_tower\.vision_model\.", "vision_tower."),
+)
+VISION_MODULES = {"gemma3": ("vision_tower", "multi_modal_projector"), "qwen3_vl": ("visual",)}
 
 
 class CheckpointError(ValueError):
@@ -107,7 +122,8 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
 
 
 def load_config(folder: str | Path):
-    """The transformers config of a folder, from what the runner reads of config.json.
+    """The transformers config of a folder, from what the runner reads of config.json; of a vision-language checkpoint
+    the whole one.
 
     Every number is checked before transformers sees it (a config class makes lists of num_hidden_layers entries), and
     the result is known to give a ModelSpec and a RotaryEmbedding. CheckpointError names the key.
@@ -116,18 +132,63 @@ def load_config(folder: str | Path):
     raw = _read_json(path, CONFIG_LIMIT)
     try:
         family_of(raw.get("model_type"))
-        check_numbers(raw)
         check_supported(raw)
-        for key in ("rope_parameters", "rope_scaling"):
-            _check_scalars(key, raw.get(key), depth=2)
+        values = _text_values(raw) if raw["model_type"] not in VISION_FAMILIES else _vision_language_values(raw)
         from transformers import CONFIG_MAPPING
 
-        config = CONFIG_MAPPING[raw["model_type"]](**{key: raw[key] for key in CONFIG_KEYS if key in raw})
+        config = CONFIG_MAPPING[raw["model_type"]](**values)
         ModelSpec.from_config(config)
         RotaryEmbedding(config)
     except Exception as error:  # transformers' validation raises many kinds
         raise CheckpointError(f"{path}: {_one_line(error)}") from error
     return config
+
+
+def _text_values(raw: dict) -> dict:
+    """What a decoder's config hands to transformers."""
+    check_numbers(raw)
+    check_supported(raw)
+    for key in ("rope_parameters", "rope_scaling"):
+        value = raw.get(key)
+        if isinstance(value, dict):
+            value = {name: item for name, item in value.items() if name != "mrope_section"}
+        _check_scalars(key, value, depth=2)
+    return {key: raw[key] for key in CONFIG_KEYS if key in raw}
+
+
+def _vision_language_values(raw: dict) -> dict:
+    """What a vision-language config hands to transformers: that of the decoder and of the vision tower, and the ids of
+    the tokens that stand for images.
+    """
+    kind = raw["model_type"]
+    tables = {}
+    for key in ("text_config", "vision_config"):
+        tables[key] = raw.get(key)
+        if not isinstance(tables[key], dict):
+            raise ValueError(f"{key} is {short(tables[key])}, expected a table")
+    text, vision = tables["text_config"], tables["vision_config"]
+    if text.get("model_type", VISION_FAMILIES[kind]) != VISION_FAMILIES[kind]:
+        raise ValueError(f"text_config: model_type is {short(text['model_type'])}, expected {VISION_FAMILIES[kind]}")
+    if not isinstance(raw.get("tie_word_embeddings", False), bool):
+        raise ValueError(f"tie_word_embeddings is {short(raw['tie_word_embeddings'])}, expected true or false")
+    check_vision_numbers(kind, raw, vision)
+    _check_scalars("rope_parameters", vision.get("rope_parameters"), depth=1)
+    for key in ("model_type", "hidden_act"):
+        if not isinstance(vision.get(key, ""), str):
+            raise ValueError(f"vision_config: {key} is {short(vision[key])}, expected a name")
+    towers = {"gemma3": ("siglip_vision_model",), "qwen3_vl": ("qwen3_vl_vision", "qwen3_vl")}[kind]
+    if vision.get("model_type", towers[0]) not in towers:
+        raise ValueError(f"vision_config: model_type is {short(vision['model_type'])}, expected {towers[0]}")
+    special = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
+    values = {
+        "text_config": special | _text_values(text),
+        "vision_config": {key: vision[key] for key in (*VISION_INTEGERS[kind], *VISION_KEYS) if key in vision}
+        | {"model_type": towers[0]}
+        | ({"vision_use_head": False} if kind == "gemma3" else {}),
+    }
+    return values | {
+        key: raw[key] for key in (*PLACEHOLDERS[kind], "mm_tokens_per_image", "tie_word_embeddings") if key in raw
+    }
 
 
 def load_weights(
@@ -142,9 +203,9 @@ def load_weights(
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, expected a floating dtype")
-    files = _Tensors(Path(folder), dtype, torch.device(device))
+    files = _Tensors(Path(folder), dtype, torch.device(device), spec.vision_type)
     tensors, layer_tensors = _tensor_names(spec)
-    files.check([tensors, *layer_tensors])
+    files.check([tensors, *layer_tensors], others=VISION_MODULES.get(spec.vision_type, ()))
     if spec.tie_word_embeddings:
         files.check_tied(tensors["embedding"], MODEL_FAMILIES[spec.model_type].lm_head)
 
@@ -189,6 +250,25 @@ def load_weights(
         projection=projection,
         projection_bias=projection_bias,
     )
+
+
+def load_vision_weights(
+    folder: str | Path, spec: ModelSpec, modules: dict[str, torch.nn.Module], dtype: torch.dtype
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The state of each of the vision modules (named as in VISION_MODULES, on the meta device) in `dtype`.
+
+    CheckpointError as `load_weights`, for the vision tensors.
+    """
+    files = _Tensors(Path(folder), dtype, torch.device("cpu"), spec.vision_type)
+    tables = [
+        {key: _Name(f"{name}.{key}", tuple(value.shape)) for key, value in module.state_dict().items()}
+        for name, module in modules.items()
+    ]
+    files.check(tables, others=("model", "lm_head"))
+    return {
+        name: {key: files.weight(entry) for key, entry in table.items()}
+        for name, table in zip(modules, tables, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -242,19 +322,26 @@ def _tensor_names(spec: ModelSpec) -> tuple[dict[str, _Name], list[dict[str, _Na
 class _Tensors:
     """The tensors of a folder's safetensors files, by name. Opening reads headers only; the files stay mapped."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device):
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, vision_type: str | None = None):
         self.folder, self.dtype, self.device = folder, dtype, device
         self.files = {}  # tensor name -> (path, open file)
+        self.stored = {}  # tensor name -> its name in the file
         for path, names in _weight_files(folder):
             file = _open(path)
             found = set(file.keys())
             if names is not None and found != names:
                 which = f"has {_some(found - names)}" if found - names else f"lacks {_some(names - found)}"
                 raise CheckpointError(f"{path}: {which}, against {INDEX}")
-            self.files |= dict.fromkeys(found, (path, file))
+            for stored in found:
+                name = stored
+                for pattern, ours in VISION_NAMES if vision_type else ():
+                    name = re.sub(pattern, ours, name)
+                if self.stored.setdefault(name, stored) != stored:
+                    raise CheckpointError(f"{path}: {short(stored)} is {short(self.stored[name])} under another name")
+                self.files[name] = (path, file)
 
-    def check(self, tables: list[dict[str, _Name]]) -> None:
-        """Every name is there in its shape and a floating dtype, and nothing else is."""
+    def check(self, tables: list[dict[str, _Name]], others: tuple[str, ...] = ()) -> None:
+        """Every name is there in its shape and a floating dtype, and nothing else is but what `others` begin."""
         expected = {entry.name: entry.shape for table in tables for entry in table.values()}
         if missing := expected.keys() - self.files.keys():
             raise CheckpointError(f"{self.folder}: lacks {_some(missing)}")
@@ -263,13 +350,15 @@ class _Tensors:
         unexpected = {
             name
             for name in self.files.keys() - expected.keys()
-            if not name.endswith("rotary_emb.inv_freq") and name not in lm_heads
+            if not name.endswith("rotary_emb.inv_freq")
+            and name not in lm_heads
+            and name.partition(".")[0] not in others
         }
         if unexpected:
             raise CheckpointError(f"{self.folder}: has {_some(unexpected)}, unknown to this model")
         for name, shape in expected.items():
             path, file = self.files[name]
-            header = file.get_slice(name)
+            header = file.get_slice(self.stored[name])
             if tuple(header.get_shape()) != shape:
                 raise CheckpointError(f"{path}: {name} is {header.get_shape()}, expected {list(shape)} by config.json")
             if header.get_dtype() not in DTYPES:
@@ -289,7 +378,7 @@ class _Tensors:
         """A tensor as it is stored: a view of the file, if the file keeps it at a multiple of its elements' size."""
         path, file = self.files[tensor.name]
         try:
-            view = file.get_tensor(tensor.name)
+            view = file.get_tensor(self.stored[tensor.name])
             return view if view.data_ptr() % view.element_size() == 0 else view.clone()
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: {tensor.name}: {_one_line(error)}") from error

@@ -82,9 +82,11 @@ def sampling_settings(temperature: float | None, top_p: float | None, top_k: int
 
 
 def describe_times(times, prompt_tokens: int) -> str:
+    vision = f"vision tower {times.vision:.3f}, " if times.vision else ""
     line = (
-        f"{prompt_tokens} prompt tokens, first token after {times.time_to_first_token:.3f} s (truncated prefill "
-        f"{times.truncated_prefill:.3f}, projection {times.projection:.3f}, boundary {times.boundary:.3f})"
+        f"{prompt_tokens} prompt tokens, first token after {times.time_to_first_token:.3f} s "
+        f"({vision}truncated prefill {times.truncated_prefill:.3f}, projection {times.projection:.3f}, "
+        f"boundary {times.boundary:.3f})"
     )
     rate = times.decode_tokens_per_second
     return line if rate is None else f"{line}; {times.decode_tokens} tokens decoded at {rate:.1f} a second"
@@ -96,6 +98,9 @@ def generate(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")],
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="File with the prompt; - is standard input.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image that the prompt is about; may be given several times.")
+    ] = None,
     prefill_depth: Annotated[
         str, typer.Option(help="Layers that the prompt runs through (12), or their share (0.7). 1 is one, 1.0 is all.")
     ] = "1.0",
@@ -141,13 +146,13 @@ def generate(
         raise ValueError(f"{model} has no tokenizer: text cannot be turned into tokens")
     if chat is None:
         chat = bool(loaded.tokenizer.chat_template)
-    prompt_ids = encode_prompt(loaded, text, chat)
 
     streamer = None
     if not as_json:
         streamer = transformers.TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = loaded.generate(
-        [prompt_ids],
+        [{"role": "user", "content": text}] if chat else text,
+        images=image or [],
         max_new_tokens=max_new_tokens,
         seed=seed,
         streamer=streamer,
@@ -158,20 +163,13 @@ def generate(
         result = {
             "text": output.text[0],
             "tokens": output.tokens[0],
-            "prompt_tokens": len(prompt_ids),
+            "prompt_tokens": output.prompt_tokens[0],
             "prefill_depth": depth,
             "times": times,
         }
         print(json.dumps(result))
     else:
-        stderr.print(describe_times(output.times, len(prompt_ids)), style="dim", markup=False)
-
-
-def encode_prompt(model, text: str, chat: bool) -> list[int]:
-    from pop_ext import generation
-
-    prompt = [{"role": "user", "content": text}] if chat else text
-    return generation.encode_prompt(model, prompt, "the prompt", [])
+        stderr.print(describe_times(output.times, output.prompt_tokens[0]), style="dim", markup=False)
 
 
 @app.command()

@@ -29,6 +29,8 @@ class Family:
     windows: str = "none"  # which layers have the config's sliding_window: "none", "all", or those "listed" as sliding
     rope_per_layer_type: bool = False  # rope_parameters nested by layer type, a rotary embedding for each
     query_scalar: str | None = None  # key of what replaces the head size in the scale of q.k
+    mrope: bool = False  # positions have three axes: time, height, width (they differ in images only)
+    bidirectional_images: bool = False  # tokens of an image see one another in both directions
 
 
 MODEL_FAMILIES = {
@@ -47,8 +49,13 @@ MODEL_FAMILIES = {
         windows="listed",
         rope_per_layer_type=True,
         query_scalar="query_pre_attn_scalar",
+        bidirectional_images=True,
     ),
+    "qwen3_vl_text": Family(qkv_bias="attention_bias", output_bias="attention_bias", qk_norm=True, mrope=True),
 }
+
+# Vision-language checkpoints: the family of their decoder, whose config is the table text_config.
+VISION_FAMILIES = {"gemma3": "gemma3_text", "qwen3_vl": "qwen3_vl_text"}
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -91,6 +98,34 @@ ROPE_NUMBERS = {
     "mscale": (1e-6, 1e6),
     "mscale_all_dim": (0, 1e6),
 }
+# Of a vision-language config: what stands beside text_config and vision_config, and what stands in vision_config.
+PLACEHOLDERS = {
+    "gemma3": ("image_token_index", "boi_token_index", "eoi_token_index"),
+    "qwen3_vl": ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+}
+VISION_INTEGERS = {
+    "gemma3": {
+        "hidden_size": (1, 2**16),
+        "intermediate_size": (1, 2**18),
+        "num_hidden_layers": (1, 2**10),
+        "num_attention_heads": (1, 2**10),
+        "num_channels": (3, 3),
+        "image_size": (1, 2**13),
+        "patch_size": (1, 2**10),
+    },
+    "qwen3_vl": {
+        "hidden_size": (1, 2**16),
+        "intermediate_size": (1, 2**18),
+        "depth": (1, 2**10),
+        "num_heads": (1, 2**10),
+        "in_channels": (3, 3),
+        "patch_size": (1, 2**10),
+        "spatial_merge_size": (1, 2**4),
+        "temporal_patch_size": (1, 2**4),
+        "out_hidden_size": (1, 2**18),
+        "num_position_embeddings": (1, 2**20),
+    },
+}
 BOOLEANS = ("tie_word_embeddings", "attention_bias", "use_sliding_window")
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
@@ -117,7 +152,8 @@ UNSUPPORTED = (
 class ModelSpec:
     """Everything that the runner needs to know of an architecture. Sizes are in elements."""
 
-    model_type: str
+    model_type: str  # of the decoder
+    vision_type: str | None  # of the vision-language checkpoint that the decoder is part of
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -138,12 +174,19 @@ class ModelSpec:
     sandwich_norms: bool
     windows: tuple[int, ...]  # per layer: query i sees key j iff i - window < j <= i; 0 is full attention
     rope_index: tuple[int, ...]  # per layer: which of RotaryEmbedding's rotary embeddings
+    bidirectional_images: bool
 
     @classmethod
     def from_config(cls, config) -> ModelSpec:
         """The spec of a transformers config. ValueError names what is out of bounds or not supported."""
-        family = family_of(getattr(config, "model_type", None))
-        values = vars(config)
+        family_of(getattr(config, "model_type", None))
+        vision_type, tied = None, None
+        if config.model_type in VISION_FAMILIES:
+            vision_type, tied = config.model_type, config.tie_word_embeddings
+            check_vision(config)
+            config = text_config(config)
+        family = family_of(config.model_type)
+        values = vars(config) | ({} if tied is None else {"tie_word_embeddings": tied})
         check_numbers(values)
         check_supported(values)
         for key in (*REQUIRED, *filter(None, [family.query_scalar])):
@@ -167,6 +210,7 @@ class ModelSpec:
         query_scalar = getattr(config, family.query_scalar) if family.query_scalar else head_dim
         return cls(
             model_type=config.model_type,
+            vision_type=vision_type,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -179,7 +223,7 @@ class ModelSpec:
             activation=ACTIVATIONS[activation],
             attention_scale=query_scalar**-0.5,
             embedding_scale=config.hidden_size**0.5 if family.scaled_embedding else 1.0,
-            tie_word_embeddings=config.tie_word_embeddings,
+            tie_word_embeddings=values["tie_word_embeddings"],
             norm_offset=family.norm_offset,
             qk_norm=family.qk_norm,
             qkv_bias=flag(family.qkv_bias),
@@ -187,14 +231,21 @@ class ModelSpec:
             sandwich_norms=family.sandwich_norms,
             windows=tuple(config.sliding_window if kind == SLIDING else 0 for kind in types),
             rope_index=tuple(list(ropes).index(kind) if len(ropes) > 1 else 0 for kind in types),
+            bidirectional_images=family.bidirectional_images,
         )
 
 
 def family_of(model_type: str) -> Family:
-    """The row of a model_type; ValueError lists the supported ones."""
-    if not isinstance(model_type, str) or model_type not in MODEL_FAMILIES:
-        raise ValueError(f"model_type is {short(model_type)}; supported: {', '.join(MODEL_FAMILIES)}")
-    return MODEL_FAMILIES[model_type]
+    """The row of a model_type, for a vision-language one that of its decoder; ValueError lists the supported ones."""
+    rows = MODEL_FAMILIES | {name: MODEL_FAMILIES[decoder] for name, decoder in VISION_FAMILIES.items()}
+    if not isinstance(model_type, str) or model_type not in rows:
+        raise ValueError(f"model_type is {short(model_type)}; supported: {', '.join(rows)}")
+    return rows[model_type]
+
+
+def text_config(config):
+    """The decoder's config: of a vision-language config its part, of another itself."""
+    return config.text_config if config.model_type in VISION_FAMILIES else config
 
 
 def head_size(config) -> int:
@@ -226,10 +277,10 @@ def rope_parameters(config) -> dict[str | None, dict]:
 
     One entry under None, or for a family with RoPE per layer type, one for each type that the layers have.
     """
-    given = getattr(config, "rope_parameters", None)
+    family, given = MODEL_FAMILIES[config.model_type], getattr(config, "rope_parameters", None)
     if not isinstance(given, dict):
         raise ValueError(f"rope_parameters is {short(given)}, expected a table")
-    if MODEL_FAMILIES[config.model_type].rope_per_layer_type:
+    if family.rope_per_layer_type:
         for key in given:
             if key not in (FULL, SLIDING):
                 raise ValueError(f"rope_parameters has {short(key)}, expected a table for each of {FULL}, {SLIDING}")
@@ -252,12 +303,78 @@ def rope_parameters(config) -> dict[str | None, dict]:
             elif key == "partial_rotary_factor":
                 if value is not None and value != 1:
                     raise ValueError(f"{name}: partial_rotary_factor is {short(value)}, expected 1")
+            elif key == "mrope_section" and family.mrope:
+                check_mrope_section(f"{name}: {key}", value, head_size(config) // 2)
+            elif key == "mrope_interleaved" and family.mrope:
+                if value is not True:
+                    raise ValueError(f"{name}: mrope_interleaved is {short(value)}, expected true")
             elif key not in ("rope_type", "type", "truncate"):
                 raise ValueError(f"{name}: {short(key)} is not supported")
         for key in ROPE_TYPES[rope_type]:
             if parameters.get(key) is None:
                 raise ValueError(f"{name}: {key} is missing for rope_type {rope_type}")
     return found
+
+
+def check_mrope_section(name: str, value, frequencies: int) -> None:
+    """Three counts, of the frequencies that turn with time, height and width."""
+    counts = isinstance(value, list) and len(value) == 3 and all(type(count) is int and count >= 0 for count in value)
+    if not counts or sum(value) != frequencies:
+        raise ValueError(f"{name} is {short(value)}, expected three counts with the sum {frequencies}, head_dim / 2")
+
+
+def check_vision(config) -> None:
+    """ValueError unless a vision-language config's parts fit one another. `check_vision_numbers` has the bounds."""
+    text, vision = config.text_config, config.vision_config
+    check_vision_numbers(config.model_type, vars(config), vars(vision))
+    for key in PLACEHOLDERS[config.model_type]:
+        if getattr(config, key) >= text.vocab_size:
+            raise ValueError(f"{key} is {getattr(config, key)}, expected less than vocab_size, {text.vocab_size}")
+    heads = vision.num_attention_heads
+    if vision.hidden_size % heads:
+        raise ValueError(f"vision_config: hidden_size is {vision.hidden_size}, not a multiple of its {heads} heads")
+    if config.model_type == "gemma3":
+        side, patches = math.isqrt(config.mm_tokens_per_image), vision.image_size // vision.patch_size
+        if side**2 != config.mm_tokens_per_image or patches % side or patches == 0:
+            raise ValueError(
+                f"mm_tokens_per_image is {config.mm_tokens_per_image}, expected a square whose side divides the "
+                f"image's {patches} patches"
+            )
+        return
+    if vision.hidden_size // heads % 4:
+        raise ValueError(f"vision_config: heads of {vision.hidden_size // heads}, expected a multiple of 4")
+    if math.isqrt(vision.num_position_embeddings) ** 2 != vision.num_position_embeddings:
+        raise ValueError(f"vision_config: num_position_embeddings is {vision.num_position_embeddings}, not a square")
+    if vision.out_hidden_size != text.hidden_size:
+        raise ValueError(f"out_hidden_size is {vision.out_hidden_size}, expected hidden_size, {text.hidden_size}")
+    rope = vision.rope_parameters
+    if not isinstance(rope, dict) or rope.get("rope_type") != "axial":
+        raise ValueError(f"vision_config: rope_parameters is {short(rope)}, expected rope_type axial")
+    check_number("vision_config: rope_theta", rope.get("rope_theta"), ROPE_NUMBERS["rope_theta"])
+    indexes = vision.deepstack_visual_indexes
+    if (
+        not isinstance(indexes, list | tuple)
+        or not all(type(index) is int and 0 <= index < vision.depth for index in indexes)
+        or sorted(set(indexes)) != list(indexes)
+        or len(indexes) >= text.num_hidden_layers
+    ):
+        raise ValueError(
+            f"deepstack_visual_indexes is {short(indexes)}, expected ascending layers of the vision tower, fewer than "
+            f"the decoder's {text.num_hidden_layers} layers"
+        )
+
+
+def check_vision_numbers(model_type: str, config: dict, vision: dict) -> None:
+    """Type and bounds of the numbers that a vision-language config has beside text_config, and in vision_config."""
+    integers = dict.fromkeys(PLACEHOLDERS[model_type], INTEGERS["vocab_size"]) | {"mm_tokens_per_image": (1, 2**14)}
+    for key, bounds in integers.items():
+        if config.get(key) is not None:
+            check_number(key, config[key], bounds, integer=True)
+    for key, bounds in VISION_INTEGERS[model_type].items():
+        if vision.get(key) is not None:
+            check_number(f"vision_config: {key}", vision[key], bounds, integer=True)
+    if vision.get("layer_norm_eps") is not None:
+        check_number("vision_config: layer_norm_eps", vision["layer_norm_eps"], NUMBERS["rms_norm_eps"])
 
 
 def check_numbers(config: dict) -> None:

@@ -59,10 +59,12 @@ UNSUPPORTED_SETTINGS = {
 class GenerationTimes:
     """Seconds of wall time of one `generate` call, all rows together.
 
-    The three stages of prefill, then the decode loop: model, choice of token and streamer. `time_to_first_token` runs
-    from the call until the first tokens are chosen, so it is the three stages and what surrounds them.
+    The vision tower, the three stages of prefill, then the decode loop: model, choice of token and streamer.
+    `time_to_first_token` runs from the call until the first tokens are chosen, so it is the first four and what
+    surrounds them, as the processing of images.
     """
 
+    vision: float = 0.0
     truncated_prefill: float = 0.0
     projection: float = 0.0
     boundary: float = 0.0
@@ -79,6 +81,7 @@ class GenerationTimes:
 class GenerationOutput:
     """What `generate` returns; the lists have an entry per prompt.
 
+    prompt_tokens: how many tokens the prompt has, those of images included.
     tokens: the new token ids, an end-of-sequence token included where one ended the row.
     text: `tokens` decoded without special tokens; None for a model without a tokenizer.
     logprobs: per new token its natural log-probability under the model's own next-token distribution, before any
@@ -87,6 +90,7 @@ class GenerationOutput:
     sequences: with `keep=True`, the conversations, still in the cache; pass them to the next call. Otherwise None.
     """
 
+    prompt_tokens: list[int]
     tokens: list[list[int]]
     text: list[str] | None
     logprobs: list[list[float]] | None
@@ -224,6 +228,8 @@ class GenerationMixin:
         self,
         prompts,
         *,
+        images: list | None = None,
+        videos: list | None = None,
         prefill_depth: int | float | None = None,
         sequences: list | None = None,
         keep: bool = False,
@@ -239,6 +245,12 @@ class GenerationMixin:
 
         prompts: a string, a chat (list of {"role", "content"} messages, put through the tokenizer's chat template), a
             list of token ids, or a list of any of these.
+        images: for a single prompt a list of its images, for a list of prompts a list of such lists (or None). An image
+            is a file's path or a PIL image. They go where the prompt has the model's placeholders, or before it if it
+            has none: in a string the placeholder token (Qwen3-VL <|image_pad|>, Gemma-3 <start_of_image>), in a chat a
+            part {"type": "image"} of a message's content, which may hold the image itself under "image"; token ids
+            have all of an image's tokens.
+        videos: likewise, for Qwen3-VL; a video is (frames, frames per second), frames being images of one size.
         prefill_depth: for this call, instead of the model's own: layers (int) or their share (float in (0, 1]).
         sequences: conversations to go on with, `sequences` of an earlier output that was made with `keep=True`, one per
             prompt. A prompt is then the new turn alone: text is tokenized without a beginning-of-sequence token, and
@@ -259,21 +271,25 @@ class GenerationMixin:
         Raises TypeError or ValueError for an argument that cannot be used, before anything is computed.
         """
         start = time.perf_counter()
-        prompts = _prompt_list(prompts)
+        prompts, single = _prompt_list(prompts)
         rules = TransformersRules(self, generation_config, generation_kwargs, logits_processor, stopping_criteria)
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"streamer: a streamer takes a single prompt, got {len(prompts)} prompts")
         if sequences is not None:
             _check_sequences(sequences, len(prompts))
+        images = _media_lists("images", images, prompts, single)
+        videos = _media_lists("videos", videos, prompts, single)
         _check_integer("seed", seed)
         if seed is None and rules.do_sample:
             seed = int(torch.randint(2**62, ()))
 
-        rows, prompt_ids = [], []
+        rows, prompt_ids, media = [], [], []
         for i, prompt in enumerate(prompts):
             sequence = sequences[i] if sequences is not None else None
             history = sequence.token_ids if sequence is not None else []
-            prompt_ids.append(encode_prompt(self, prompt, f"prompts[{i}]", history))
+            token_ids, pictures = encode_prompt(self, prompt, f"prompts[{i}]", history, images[i], videos[i])
+            prompt_ids.append(token_ids)
+            media.append(pictures)
             generator = torch.Generator(self.device).manual_seed(seed + i) if rules.do_sample else None
             rows.append(rules.row(sequence, history + prompt_ids[-1], generator))
 
@@ -283,7 +299,7 @@ class GenerationMixin:
                 if row.sequence is None:
                     row.sequence = self.new_sequence()
                     created.append(row.sequence)
-            times = self._generate(rules, rows, prompt_ids, prefill_depth, streamer, return_logprobs, start)
+            times = self._generate(rules, rows, prompt_ids, media, prefill_depth, streamer, return_logprobs, start)
             done = True
         finally:
             if not keep:
@@ -294,6 +310,7 @@ class GenerationMixin:
 
         tokens = [row.tokens for row in rows]
         return GenerationOutput(
+            prompt_tokens=[len(ids) for ids in prompt_ids],
             tokens=tokens,
             text=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens] if self.tokenizer else None,
             logprobs=[row.logprobs for row in rows] if return_logprobs else None,
@@ -301,13 +318,20 @@ class GenerationMixin:
             sequences=[row.sequence for row in rows] if keep else None,
         )
 
-    def _generate(self, rules, rows, prompt_ids, prefill_depth, streamer, return_logprobs, start) -> GenerationTimes:
+    def _generate(
+        self, rules, rows, prompt_ids, media, prefill_depth, streamer, return_logprobs, start
+    ) -> GenerationTimes:
         """Prefill and decode until all rows are finished."""
         try:
             if streamer is not None:
                 streamer.put(torch.tensor(prompt_ids))
-            logits, stages = self.prefill([row.sequence for row in rows], prompt_ids, prefill_depth=prefill_depth)
-            times = GenerationTimes(stages.truncated_prefill, stages.projection, stages.boundary)
+            clock = time.perf_counter()
+            visuals = [[visual for picture in pictures for visual in self.vision.encode(picture)] for pictures in media]
+            visuals = [sorted(spans, key=lambda visual: visual.start) for spans in visuals]
+            vision = time.perf_counter() - clock if any(media) else 0.0
+            sequences = [row.sequence for row in rows]
+            logits, stages = self.prefill(sequences, prompt_ids, visuals=visuals, prefill_depth=prefill_depth)
+            times = GenerationTimes(vision, stages.truncated_prefill, stages.projection, stages.boundary)
             tokens = rules.choose(rows, logits, return_logprobs)
             first = time.perf_counter()
             times.time_to_first_token = first - start
@@ -351,21 +375,38 @@ def _argmax(scores: torch.Tensor) -> list[int]:
     return (scores.numpy() if scores.is_cpu else scores).argmax(-1).tolist()  # numpy's is 30 times faster than torch's
 
 
-def encode_prompt(model, prompt, name: str, history: list[int]) -> list[int]:
-    """The token ids of one prompt: text, chat messages or token ids. `history` is the conversation so far, if any."""
+def encode_prompt(model, prompt, name: str, history: list[int], images=(), videos=()) -> tuple[list[int], list]:
+    """The token ids of one prompt, which is text, chat messages or token ids, and its images and videos, ready for the
+    vision tower (`vision.Media`). `history` is the conversation so far, if any.
+    """
     if not isinstance(prompt, (str, list, tuple)):
         raise TypeError(f"{name} must be a string, a list of chat messages or a list of token ids, got {_kind(prompt)}")
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
-        if model.tokenizer is None:
-            raise ValueError(f"{name} is text, but the model has no tokenizer: pass token ids")
-        if isinstance(prompt, str):
-            token_ids = model.tokenizer(prompt, add_special_tokens=not history).input_ids
-        else:
-            text = _render_chat(model.tokenizer, prompt, name, continues=bool(history))
-            token_ids = model.tokenizer(text, add_special_tokens=False).input_ids
-            # A finished answer ends with the token that the template puts after it: once is enough.
-            if history and history[-1:] == token_ids[:1]:
-                token_ids = token_ids[1:]
+    is_text, is_chat = isinstance(prompt, str), bool(prompt) and isinstance(prompt[0], dict)
+    if is_chat:
+        prompt, images, videos = _chat_media(prompt, name, images, videos)
+    if (images or videos) and model.vision is None:
+        raise ValueError(f"{name} has images, but this model ({model.spec.model_type}) reads text only")
+    if (is_text or is_chat) and model.tokenizer is None:
+        raise ValueError(f"{name} is text, but the model has no tokenizer: pass token ids")
+    media = {"image": [], "video": []}
+    if images or videos:
+        media = {
+            "image": [model.vision.process_image(image, f"{name}, image {i}") for i, image in enumerate(images)],
+            "video": [model.vision.process_video(video, f"{name}, video {i}") for i, video in enumerate(videos)],
+        }
+    if is_text or is_chat:
+        text = _render_chat(model.tokenizer, prompt, name, continues=bool(history)) if is_chat else prompt
+        if model.vision is not None:
+            kinds = {kind: model.vision.placeholder(kind, model.tokenizer) for kind in model.vision.kinds}
+            if is_text and not any(token in text for token in kinds.values()):
+                text = (
+                    "".join(model.vision.written(kind, model.tokenizer) for kind in kinds for _ in media[kind]) + text
+                )
+            text = model.vision.expand(text, media, name, model.tokenizer)
+        token_ids = model.tokenizer(text, add_special_tokens=is_text and not history).input_ids
+        # A finished answer ends with the token that a chat template puts after it: once is enough.
+        if is_chat and history and history[-1:] == token_ids[:1]:
+            token_ids = token_ids[1:]
     else:
         token_ids = []
         for i, token in enumerate(prompt):
@@ -380,7 +421,52 @@ def encode_prompt(model, prompt, name: str, history: list[int]) -> list[int]:
         raise ValueError(
             f"{name} has token id {token_ids[wrong]} at position {wrong}, outside of the vocabulary [0, {vocab_size})"
         )
-    return token_ids
+    pictures = {kind: [item for item, _ in entries] for kind, entries in media.items()}
+    if model.vision is not None:
+        model.vision.locate(token_ids, pictures["image"], pictures["video"], name)
+    return token_ids, pictures["image"] + pictures["video"]
+
+
+def _chat_media(messages, name: str, images, videos) -> tuple[list, list, list]:
+    """Chat messages with a placeholder part for each image and video, and these in order.
+
+    A part may bring its own; the others take the next of `images` and `videos`. Where no message has parts for any,
+    they go before the text of the first message of the user.
+    """
+    given, found = {"image": list(images), "video": list(videos)}, {"image": [], "video": []}
+    result, waiting = [], {kind: list(items) for kind, items in given.items()}
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list | tuple):
+            parts = []
+            for part in content:
+                kind = part.get("type") if isinstance(part, dict) else None
+                if kind not in ("text", "image", "video"):
+                    raise ValueError(f"{name}: a part of a message is {part!r:.80}, expected text, image or video")
+                if kind != "text":
+                    if kind in part:
+                        found[kind].append(part[kind])
+                    elif waiting[kind]:
+                        found[kind].append(waiting[kind].pop(0))
+                    else:
+                        raise ValueError(f"{name} has more parts of type {kind} than {kind}s: expected one for each")
+                    part = {"type": kind}
+                parts.append(part)
+            message = message | {"content": parts}
+        result.append(message)
+    if not any(found.values()):
+        for i, message in enumerate(result):
+            if any(waiting.values()) and isinstance(message, dict) and message.get("role") == "user":
+                content = message.get("content")
+                text = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+                parts = [{"type": kind} for kind, items in waiting.items() for _ in items]
+                result[i], found, waiting = message | {"content": parts + text}, waiting, {}
+    for kind, items in waiting.items():
+        if items:
+            raise ValueError(
+                f"{name} has {len(found[kind])} parts of type {kind}, but {len(items)} more {kind}s are given"
+            )
+    return result, found["image"], found["video"]
 
 
 def _render_chat(tokenizer, messages, name: str, continues: bool) -> str:
@@ -405,9 +491,10 @@ def _render_chat(tokenizer, messages, name: str, continues: bool) -> str:
     return chat.partition(answer)[2]
 
 
-def _prompt_list(prompts) -> list:
+def _prompt_list(prompts) -> tuple[list, bool]:
+    """The prompts, and whether it was a single one."""
     if isinstance(prompts, str):
-        return [prompts]
+        return [prompts], True
     if not isinstance(prompts, (list, tuple)):
         raise TypeError(
             "prompts must be a string, a list of chat messages, a list of token ids, or a list of these, got "
@@ -415,8 +502,21 @@ def _prompt_list(prompts) -> list:
         )
     if not prompts:
         raise ValueError("prompts is empty: expected at least one prompt")
-    one = isinstance(prompts[0], dict) or _is_integer(prompts[0])
-    return [prompts] if one else list(prompts)
+    single = isinstance(prompts[0], dict) or _is_integer(prompts[0])
+    return ([prompts] if single else list(prompts)), single
+
+
+def _media_lists(name: str, media, prompts, single: bool) -> list[list]:
+    """For each prompt the list of its images or videos."""
+    if media is None:
+        return [[] for _ in prompts]
+    if not isinstance(media, (list, tuple)):
+        raise TypeError(f"{name} must be a list, got {_kind(media)}")
+    if single:
+        return [list(media)]
+    if len(media) != len(prompts) or not all(entry is None or isinstance(entry, list | tuple) for entry in media):
+        raise ValueError(f"{name} is {media!r:.80}, expected a list (or None) for each of the {len(prompts)} prompts")
+    return [list(entry or []) for entry in media]
 
 
 def _check_sequences(sequences, count: int) -> None:

@@ -14,13 +14,60 @@ class CacheFullError(RuntimeError):
 
 
 @dataclass(eq=False)
+class Visual:
+    """The tokens [start, end) of an image, of one of its crops, or of one temporal patch of a video.
+
+    grid: rows and columns of the tokens, where positions have three axes (multimodal RoPE); else None.
+    features: [1 + d, tokens, D], what stands for the tokens' embeddings, then what DeepStack adds to the hidden state
+        after each of the first d layers; None once the tokens are in the cache.
+    position: of the first token, which `Sequence.add` sets.
+    """
+
+    start: int
+    end: int
+    grid: tuple[int, int] | None
+    features: torch.Tensor | None
+    position: int = 0
+
+    @property
+    def shift(self) -> int:
+        """The position of every later token less its index: an image takes as many positions as its longer side."""
+        return self.position - self.start if self.grid is None else self.position + max(self.grid) - self.end
+
+
+@dataclass(eq=False)
 class Sequence:
-    """One conversation: all its tokens, and the blocks with keys and values of the first `num_cached` of them."""
+    """One conversation: all its tokens, the blocks with keys and values of the first `num_cached` of them, and which of
+    them are images.
+    """
 
     cache: KVCache | None  # None once it is freed
     token_ids: list[int] = field(default_factory=list)
     num_cached: int = 0
     blocks: list[int] = field(default_factory=list)
+    visuals: list[Visual] = field(default_factory=list)  # in order
+
+    def add(self, visual: Visual) -> None:
+        visual.position = visual.start + (self.visuals[-1].shift if self.visuals else 0)
+        self.visuals.append(visual)
+
+    def positions(self, start: int, end: int) -> torch.Tensor:
+        """Positions [3, end - start] int64 of tokens [start, end): time, height, width (Qwen3-VL, arXiv 2511.21631).
+
+        Text counts on in all three; an image stands at one time, its rows and columns count from there.
+        """
+        positions = torch.arange(start, end).repeat(3, 1)
+        for index, visual in enumerate(self.visuals):
+            following = self.visuals[index + 1].start if index + 1 < len(self.visuals) else end
+            low, high = max(visual.end, start), min(following, end)
+            if low < high:
+                positions[:, low - start : high - start] += visual.shift
+            low, high = max(visual.start, start), min(visual.end, end)
+            if low < high:
+                token = torch.arange(low, high) - visual.start
+                grid = torch.stack([0 * token, token // visual.grid[1], token % visual.grid[1]])
+                positions[:, low - start : high - start] = visual.position + grid
+        return positions
 
 
 class KVCache:

@@ -8,6 +8,7 @@ the keys and values that were projected for the others. So one function, `Model.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,8 +23,9 @@ from transformers import AutoTokenizer, GenerationConfig
 from .checkpoint import CheckpointError, load_config, load_weights, resolve_folder
 from .families import ModelSpec
 from .generation import GenerationMixin
-from .kv_cache import BLOCK_SIZE, KVCache, Sequence
+from .kv_cache import BLOCK_SIZE, KVCache, Sequence, Visual
 from .rope import RotaryEmbedding
+from .vision import Vision
 
 pop = torch.ops.pop
 
@@ -71,8 +73,8 @@ class Batch:
     they may see.
     """
 
-    def __init__(self, runs: list[tuple[Sequence, int, int]], rope: RotaryEmbedding):
-        """runs: sequence, first and last + 1 position of tokens that follow one another."""
+    def __init__(self, runs: list[tuple[Sequence, int, int]], rope: RotaryEmbedding, bidirectional_images: bool):
+        """runs: sequence, first and last + 1 index of tokens that follow one another."""
         tables = [sequence.blocks[: -(-end // BLOCK_SIZE)] for sequence, _, end in runs]
         width = max(map(len, tables))
         self.block_tables = torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32)
@@ -83,12 +85,29 @@ class Batch:
         positions = torch.cat([torch.arange(start, end) for _, start, end in runs])
         run = torch.repeat_interleave(self.query_starts.diff())
         self.slots = self.block_tables[run, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        if rope.axes is not None and any(sequence.visuals for sequence, _, _ in runs):
+            positions = torch.cat([sequence.positions(start, end) for sequence, start, end in runs], dim=1)
         self.cos, self.sin = rope(positions)  # [ropes, T, E / 2]
+        self.spans = _spans(runs, self.max_context_len) if bidirectional_images else None
         self.angles = list(zip(self.cos, self.sin, strict=True))
 
 
+def _spans(runs: list[tuple[Sequence, int, int]], width: int) -> Tensor | None:
+    """The image that each token of each run's context is part of, [runs, width] int32, -1 for text; None where no run
+    has tokens of an image.
+    """
+    if not any(visual.end > start and visual.start < end for s, start, end in runs for visual in s.visuals):
+        return None
+    spans = torch.full((len(runs), width), -1, dtype=torch.int32)
+    for row, (sequence, _, end) in zip(spans, runs, strict=True):
+        for index, visual in enumerate(sequence.visuals):
+            row[visual.start : min(visual.end, end)] = index
+    return spans
+
+
 class Model(GenerationMixin):
-    """A causal language model with its tokenizer and key/value cache; made by `pop_ext.load`.
+    """A causal language model with its tokenizer and key/value cache, and of a vision-language checkpoint `vision`, its
+    vision tower and processing; made by `pop_ext.load`.
 
     prefill_depth, boundary_tokens and anchor_tokens are the defaults of every call; `chunk_tokens` bounds the prompt
     tokens of one forward pass, and with it the memory of activations (results do not depend on it). Not for use by
@@ -121,6 +140,7 @@ class Model(GenerationMixin):
         self.rope_index = torch.tensor(self.spec.rope_index, dtype=torch.int32)
         self.k_norms = torch.stack([layer.k_norm for layer in self.weights.layers]) if self.spec.qk_norm else None
         self.tokenizer = _load_tokenizer(folder)
+        self.vision = Vision(folder, self.config, self.spec, dtype) if self.spec.vision_type else None
         self.generation_config = _load_generation_config(folder, self.config)
         self.cache = KVCache(self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, self.max_tokens, dtype)
 
@@ -163,17 +183,23 @@ class Model(GenerationMixin):
 
     @torch.no_grad()
     def prefill(
-        self, sequences: list[Sequence], prompts: list[list[int]], *, prefill_depth=None
+        self,
+        sequences: list[Sequence],
+        prompts: list[list[int]],
+        *,
+        visuals: list[list[Visual]] | None = None,
+        prefill_depth=None,
     ) -> tuple[Tensor, StageTimes]:
         """A turn: appends prompts[i] to sequences[i] and runs every token that is not in the cache yet.
 
         Tokens from before the prompt (the last one sampled) and the prompt's last `boundary_tokens` run at full depth,
-        as do the sequence's first `anchor_tokens`. Returns the logits [B, vocabulary] float32 that follow the prompts,
+        as do the sequence's first `anchor_tokens`. visuals[i] are the images of prompts[i] (`Vision.encode`), with
+        indices into the prompt. Returns the logits [B, vocabulary] float32 that follow the prompts,
         and the time of each stage. Raises before anything is changed if a prompt is empty or too long, or the cache too
         full.
         """
         times = StageTimes()
-        return self._turn(sequences, prompts, "prompts", self.layers_kept(prefill_depth), times), times
+        return self._turn(sequences, prompts, "prompts", self.layers_kept(prefill_depth), times, visuals), times
 
     @torch.no_grad()
     def decode(self, sequences: list[Sequence], token_ids: list[int]) -> Tensor:
@@ -186,25 +212,34 @@ class Model(GenerationMixin):
         )
 
     @torch.no_grad()
-    def logits(self, prompts: list[list[int]], continuations: list[list[int]], *, prefill_depth=None) -> list[Tensor]:
+    def logits(
+        self,
+        prompts: list[list[int]],
+        continuations: list[list[int]],
+        *,
+        visuals: list[list[Visual]] | None = None,
+        prefill_depth=None,
+    ) -> list[Tensor]:
         """Teacher-forced logits: for each pair, the [c, vocabulary] float32 logits that predict its c continuation
         tokens.
 
-        Prompts are prefilled by POP at `prefill_depth`; continuations are decoded at full depth.
+        Prompts, with `visuals` as in `prefill`, are prefilled by POP at `prefill_depth`; continuations are decoded at
+        full depth.
         """
         depth = self.layers_kept(prefill_depth)
         _check_token_lists("prompts", prompts, self.spec.vocab_size)
         _check_token_lists("continuations", continuations, self.spec.vocab_size, least=0)
         if len(prompts) != len(continuations):
             raise ValueError(f"continuations has {len(continuations)} entries, expected one per prompt, {len(prompts)}")
+        visuals = _check_visuals(visuals, prompts, self.spec, depth)
         results = []
-        for prompt, continuation in zip(prompts, continuations, strict=True):
+        for prompt, continuation, images in zip(prompts, continuations, visuals, strict=True):
             if not len(continuation):
                 results.append(torch.empty(0, self.spec.vocab_size))
                 continue
             sequence = self.new_sequence()
             try:
-                rows = [self._turn([sequence], [list(prompt)], "prompts", depth, StageTimes())]
+                rows = [self._turn([sequence], [list(prompt)], "prompts", depth, StageTimes(), [images])]
                 if len(continuation) > 1:
                     forced = [list(continuation[:-1])]
                     rows.append(
@@ -216,29 +251,47 @@ class Model(GenerationMixin):
         return results
 
     def _turn(
-        self, sequences, prompts, name: str, depth: int, times: StageTimes, *, deep=False, all_logits=False
+        self,
+        sequences,
+        prompts,
+        name: str,
+        depth: int,
+        times: StageTimes,
+        visuals=None,
+        *,
+        deep=False,
+        all_logits=False,
     ) -> Tensor:
         """Appends prompts and runs all that is not in the cache, `chunk_tokens` at a time; nothing of it stays if that
         fails.
         """
         self._check_settings()
         self._check_prompts(sequences, prompts, name)
-        lengths = [len(s.token_ids) for s in sequences]
+        visuals = _check_visuals(visuals, prompts, self.spec, depth)
+        lengths, images = [len(s.token_ids) for s in sequences], [len(s.visuals) for s in sequences]
         self.cache.grow(sequences, [n + len(p) for n, p in zip(lengths, prompts, strict=True)])
         try:
             pieces = []
-            for sequence, length, prompt in zip(sequences, lengths, prompts, strict=True):
+            for sequence, length, prompt, new in zip(sequences, lengths, prompts, visuals, strict=True):
                 sequence.token_ids += prompt
+                for visual in new:
+                    sequence.add(replace(visual, start=visual.start + length, end=visual.end + length))
                 end = length + len(prompt)
-                shallow = (max(length, self.anchor_tokens), end - self.boundary_tokens) if not deep else (end, end)
+                anchors = self.anchor_tokens
+                if self.spec.bidirectional_images:  # an image that begins within the anchors is one with them
+                    anchors = max([anchors, *(v.end for v in sequence.visuals if v.start < self.anchor_tokens)])
+                shallow = (max(length, anchors), end - self.boundary_tokens) if not deep else (end, end)
                 pieces.append(Piece(sequence, sequence.num_cached, end, *shallow, length if all_logits else end - 1))
-            logits = [self._forward(chunk, depth, times) for chunk in _chunks(pieces, self.chunk_tokens)]
+            chunks = _chunks(pieces, self.chunk_tokens, self.spec.bidirectional_images)
+            logits = [self._forward(chunk, depth, times) for chunk in chunks]
         except BaseException:
-            for sequence, length in zip(sequences, lengths, strict=True):
-                del sequence.token_ids[length:]
+            for sequence, length, count in zip(sequences, lengths, images, strict=True):
+                del sequence.token_ids[length:], sequence.visuals[count:]
             raise
-        for sequence in sequences:
+        for sequence, count in zip(sequences, images, strict=True):
             sequence.num_cached = len(sequence.token_ids)
+            for visual in sequence.visuals[count:]:
+                visual.features = None
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
     def _forward(self, pieces: list[Piece], depth: int, times: StageTimes) -> Tensor:
@@ -250,12 +303,17 @@ class Model(GenerationMixin):
         deep_runs = [(p, start, end) for p in pieces for start, end in p.deep_runs()]
         num_deep = sum(end - start for _, start, end in deep_runs)
 
-        batch = Batch([(p.sequence, p.start, p.end) for p in pieces], self.rope)
+        batch = Batch([(p.sequence, p.start, p.end) for p in pieces], self.rope, spec.bidirectional_images)
         hidden = embedding(torch.tensor(token_ids), weights.embedding)
         if spec.embedding_scale != 1:
             hidden *= spec.embedding_scale
+        rows, features = _visual_rows(pieces, batch.query_starts.tolist())
+        if features is not None:
+            hidden[rows] = features[0]
         for layer in range(depth):
             hidden = self._layer(layer, hidden, batch)
+            if features is not None and layer + 1 < len(features):  # DeepStack (arXiv 2406.04334)
+                hidden[rows] += features[layer + 1]
         clock = times.add("truncated_prefill", clock)
 
         if num_deep < len(token_ids):
@@ -280,7 +338,8 @@ class Model(GenerationMixin):
             clock = times.add("projection", clock)
             if not deep_runs:
                 return torch.empty(0, spec.vocab_size)
-            hidden, batch = hidden[deep], Batch([(p.sequence, start, end) for p, start, end in deep_runs], self.rope)
+            runs = [(p.sequence, start, end) for p, start, end in deep_runs]
+            hidden, batch = hidden[deep], Batch(runs, self.rope, spec.bidirectional_images)
 
         for layer in range(depth, spec.num_layers):
             hidden = self._layer(layer, hidden, batch)
@@ -312,6 +371,7 @@ class Model(GenerationMixin):
             batch.max_context_len,
             spec.attention_scale,
             spec.windows[index],
+            batch.spans,
         ).flatten(1)
         if spec.sandwich_norms:
             hidden = pop.rms_norm(pop.linear(x, w.output, w.output_bias), w.post_attention_norm, eps, hidden)
@@ -342,14 +402,22 @@ class Model(GenerationMixin):
             raise ValueError("sequences has the same conversation twice, expected different ones")
 
 
-def _chunks(pieces: list[Piece], size: int) -> Iterator[list[Piece]]:
-    """Cuts pieces into forward passes of at most `size` tokens."""
+def _chunks(pieces: list[Piece], size: int, whole_images: bool) -> Iterator[list[Piece]]:
+    """Cuts pieces into forward passes of at most `size` tokens, or with `whole_images` of one larger image."""
     chunk, room = [], size
     for piece in pieces:
         start = piece.start
         while start < piece.end:
             end = min(piece.end, start + room)
-            chunk.append(replace(piece, start=start, end=end))
+            for visual in piece.sequence.visuals if whole_images else ():
+                if visual.start < end < visual.end:
+                    end = max(start, visual.start)
+                    if end == start and not chunk:
+                        end = visual.end
+                    room = end - start  # nothing more
+                    break
+            if start < end:
+                chunk.append(replace(piece, start=start, end=end))
             room -= end - start
             start = end
             if room == 0:
@@ -357,6 +425,49 @@ def _chunks(pieces: list[Piece], size: int) -> Iterator[list[Piece]]:
                 chunk, room = [], size
     if chunk:
         yield chunk
+
+
+def _visual_rows(pieces: list[Piece], offsets: list[int]) -> tuple[Tensor | None, Tensor | None]:
+    """The rows of a forward pass that are tokens of images, and their features [1 + d, rows, D]; None without any.
+
+    offsets: the row at which each piece begins.
+    """
+    rows, features = [], []
+    for piece, offset in zip(pieces, offsets, strict=False):
+        for visual in piece.sequence.visuals:
+            low, high = max(visual.start, piece.start), min(visual.end, piece.end)
+            if low < high:
+                rows.append(torch.arange(low, high) + (offset - piece.start))
+                features.append(visual.features[:, low - visual.start : high - visual.start])
+    return (torch.cat(rows), torch.cat(features, dim=1)) if rows else (None, None)
+
+
+def _check_visuals(visuals, prompts, spec: ModelSpec, depth: int) -> list[list[Visual]]:
+    """A list of images for each prompt. ValueError unless they lie in their prompts in order, for this model, and the
+    prefill depth is enough for them.
+    """
+    if visuals is None:
+        return [[] for _ in prompts]
+    if not isinstance(visuals, list | tuple) or len(visuals) != len(prompts):
+        raise ValueError(f"visuals is {visuals!r:.80}, expected a list for each of the {len(prompts)} prompts")
+    for i, (images, prompt) in enumerate(zip(visuals, prompts, strict=True)):
+        end = 0
+        for visual in images:
+            if spec.vision_type is None:
+                raise ValueError(f"visuals[{i}] has images, but this model ({spec.model_type}) reads text only")
+            if not end <= visual.start < visual.end <= len(prompt):
+                raise ValueError(
+                    f"visuals[{i}] has an image at [{visual.start}, {visual.end}), expected [{end}, {len(prompt)})"
+                )
+            end, shape = visual.end, tuple(visual.features.shape)
+            if shape[1:] != (visual.end - visual.start, spec.hidden_size):
+                raise ValueError(f"visuals[{i}] has features of shape {shape}, expected (1 + d, tokens, hidden size)")
+            if depth < shape[0] - 1:
+                raise ValueError(
+                    f"prefill_depth is {depth} layers, expected at least {shape[0] - 1} for a prompt with images: "
+                    f"DeepStack adds visual features to the hidden state after each of the first {shape[0] - 1} layers"
+                )
+    return [list(images) for images in visuals]
 
 
 def _check_token_lists(name: str, lists: list[list[int]], vocab_size: int, least: int = 1) -> None:
@@ -385,7 +496,11 @@ def _load_tokenizer(folder: Path):
     ):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        template = folder / "chat_template.json"  # where older vision-language checkpoints keep it
+        if not tokenizer.chat_template and template.exists():
+            tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+        return tokenizer
     except Exception as error:  # whatever a damaged file makes of it
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
 

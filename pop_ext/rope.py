@@ -5,21 +5,25 @@ from __future__ import annotations
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .families import head_size, rope_parameters
+from .families import MODEL_FAMILIES, head_size, rope_parameters, text_config
 
 
 class RotaryEmbedding:
     """cos and sin of every rotary embedding that a model has; ModelSpec.rope_index says which one a layer uses.
 
     Frequencies come from transformers' own functions, so every fixed kind of RoPE (linear, Llama-3.1, YaRN) is here.
-    ValueError where the config's parameters give no finite frequencies.
+    Multimodal RoPE gives each frequency one of a token's three positions (time, height, width), interleaved as in
+    Qwen3-VL (arXiv 2511.21631): t h w t h w ..., and time where the shorter axes' share ends. ValueError where the
+    config's parameters give no finite frequencies.
     """
 
     inv_freq: torch.Tensor  # [ropes, E/2] float32
     scaling: torch.Tensor  # [ropes, 1, 1] float32: YaRN multiplies cos and sin
+    axes: torch.Tensor | None  # [E/2] int64, multimodal RoPE: the axis that each frequency turns with
 
     def __init__(self, config, device: torch.device | str = "cpu"):
-        inv_freq, scaling = [], []
+        config = text_config(config)
+        inv_freq, scaling, self.axes = [], [], None
         for layer_type, parameters in rope_parameters(config).items():
             name = f"rope_parameters[{layer_type!r}]" if layer_type else "rope_parameters"
             try:
@@ -35,10 +39,16 @@ class RotaryEmbedding:
                 raise ValueError(f"{name}: frequencies are not finite")
             inv_freq.append(frequencies)
             scaling.append(scale)
+            if MODEL_FAMILIES[config.model_type].mrope:
+                _, *shares = parameters.get("mrope_section") or (24, 20, 20)  # transformers' default
+                self.axes = torch.zeros(len(frequencies), dtype=torch.int64, device=device)
+                for axis, share in enumerate(shares, start=1):
+                    self.axes[axis : 3 * share : 3] = axis
         self.inv_freq = torch.stack(inv_freq).to(device, torch.float32)
         self.scaling = torch.tensor(scaling, dtype=torch.float32, device=device)[:, None, None]
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions [T] int64 -> cos, sin, each [ropes, T, E/2] float32."""
-        angles = positions.float()[:, None] * self.inv_freq[:, None, :]
+        """positions [T] int64, with multimodal RoPE also [3, T] -> cos, sin, each [ropes, T, E/2] float32."""
+        positions = positions[:, None] if positions.ndim == 1 else positions[self.axes].T.contiguous()
+        angles = positions.float() * self.inv_freq[:, None, :]
         return angles.cos() * self.scaling, angles.sin() * self.scaling

@@ -106,3 +106,106 @@ class ReferencePOP:
         if window is not None:
             hidden_keys |= j <= i - window
         return torch.zeros(hidden_keys.shape, dtype=dtype).masked_fill(hidden_keys, torch.finfo(dtype).min)[None, None]
+
+
+class ReferenceVisionPOP:
+    """One conversation with a transformers vision-language model. The definition again, but a turn at a time and layer
+    by layer, as tokens of an image may see later ones: at every layer all tokens' K and V come from their own hidden
+    state, which at layers from P up only the deep tokens' goes on.
+
+    Image features, positions and masks are transformers' (`get_image_features`, `get_rope_index` of the whole
+    conversation) or follow from its documented mask: causal or same image, within the window.
+    """
+
+    def __init__(self, model, prefill_depth: int, boundary: int = 1, anchors: int = 1):
+        self.model, self.text = model, model.model.language_model
+        self.config = model.config.text_config
+        self.gemma = model.config.model_type == "gemma3"
+        self.prefill_depth, self.boundary, self.anchors = prefill_depth, boundary, anchors
+        self.keys: list[Tensor | None] = [None] * len(self.text.layers)
+        self.values: list[Tensor | None] = [None] * len(self.text.layers)
+        self.ids: list[int] = []
+        self.inputs: dict[str, list[Tensor]] = {}  # of all turns: pixel_values, image_grid_thw, ..._videos
+        self.cached = 0
+
+    update = ReferencePOP.update
+
+    def prompt(self, token_ids: list[int], *, depth: int | None = None, **inputs: Tensor) -> Tensor:
+        """A turn with its pixel_values (and image_grid_thw, pixel_values_videos, video_grid_thw). Logits [V]."""
+        self.prefill_depth = self.prefill_depth if depth is None else depth
+        start, end = len(self.ids), len(self.ids) + len(token_ids)
+        groups = self._groups([*self.ids, *token_ids])
+        anchors = self.anchors
+        while self.gemma and 0 < anchors < end and groups[anchors] >= 0 and groups[anchors] == groups[anchors - 1]:
+            anchors += 1
+        shallow = [i for i in range(self.cached, end) if max(anchors, start) <= i < end - self.boundary]
+        return self._run(token_ids, shallow, inputs)[-1]
+
+    def decode(self, token_ids: list[int]) -> Tensor:
+        """Given tokens at full depth. Logits [len(token_ids), V] after each."""
+        return self._run(token_ids, [], {})[-len(token_ids) :]
+
+    @torch.no_grad()
+    def _run(self, token_ids: list[int], shallow: list[int], inputs: dict[str, Tensor]) -> Tensor:
+        self.ids += token_ids
+        for name, value in inputs.items():
+            self.inputs.setdefault(name, []).append(value)
+        ids, positions = torch.tensor([self.ids[self.cached :]]), self._positions()[:, None, self.cached :]
+        hidden = self.text.embed_tokens(ids)
+        deepstack = []
+        for kind in ("image", "video"):
+            rows = ids[0] == getattr(self.model.config, f"{kind}_token_id", -1)
+            pixels = inputs.get("pixel_values" if kind == "image" else "pixel_values_videos")
+            if pixels is None:
+                continue
+            if self.gemma:
+                hidden[0, rows] = self.model.model.get_image_features(pixels).pooler_output.flatten(0, 1)
+                continue
+            output = self.model.model.get_image_features(pixels, inputs[f"{kind}_grid_thw"])
+            hidden[0, rows] = torch.cat(output.pooler_output)
+            deepstack.append((rows, [torch.cat(features) for features in output.deepstack_features]))
+        is_shallow = torch.zeros(ids.shape[1], dtype=torch.bool)
+        is_shallow[[i - self.cached for i in shallow]] = True
+        for index, layer in enumerate(self.text.layers):
+            rope = self.text.rotary_emb(hidden, positions if not self.gemma else positions[0], *self._kind(index))
+            output = layer(hidden, attention_mask=self._mask(index), position_embeddings=rope, past_key_values=self)
+            hidden = torch.where(is_shallow[:, None], hidden, output) if index >= self.prefill_depth else output
+            for rows, features in deepstack:
+                if index < len(features):
+                    hidden[0, rows] += features[index]
+        self.cached = len(self.ids)
+        return self.model.lm_head(self.text.norm(hidden))[0]
+
+    def _kind(self, index: int) -> tuple[str, ...]:
+        return (self.config.layer_types[index],) if self.gemma else ()
+
+    def _positions(self) -> Tensor:
+        """[3, tokens so far]."""
+        kinds = torch.zeros(len(self.ids), dtype=torch.int)
+        grids = {name: torch.cat(value) for name, value in self.inputs.items() if name.endswith("grid_thw")}
+        if self.gemma or not grids:
+            return torch.arange(len(self.ids)).repeat(3, 1)
+        ids = torch.tensor(self.ids)
+        kinds[ids == self.model.config.image_token_id] = 1
+        kinds[ids == self.model.config.video_token_id] = 2
+        return self.model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], **grids)[0][:, 0]
+
+    def _groups(self, ids: list[int]) -> list[int]:
+        """The image that each token is of, -1 for none. Text stands between images."""
+        groups, last = [], -1
+        for i, token in enumerate(ids):
+            is_image = token == self.model.config.image_token_id
+            last += is_image and (i == 0 or ids[i - 1] != token)
+            groups.append(last if is_image else -1)
+        return groups
+
+    def _mask(self, index: int) -> Tensor:
+        """Additive [1, 1, queries, keys]."""
+        i, j = torch.arange(self.cached, len(self.ids))[:, None], torch.arange(len(self.ids))[None, :]
+        visible = j <= i
+        if self.gemma:
+            groups = torch.tensor(self._groups(self.ids))
+            visible |= (groups[i] == groups[j]) & (groups[j] >= 0)
+            if self._kind(index) == ("sliding_attention",):
+                visible &= j > i - self.config.sliding_window
+        return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]

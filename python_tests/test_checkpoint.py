@@ -12,10 +12,11 @@ import torch
 import transformers
 from helpers import TINY, model_gguf, real_model, transformers_model
 from safetensors.torch import load_file, save_file
+from vision_models import TINY_VISION
 
 import pop_ext.checkpoint
 from pop_ext.checkpoint import CheckpointError, convert_gguf, load_config, load_weights, resolve_folder
-from pop_ext.families import MODEL_FAMILIES, ModelSpec
+from pop_ext.families import MODEL_FAMILIES, VISION_FAMILIES, ModelSpec
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32):
@@ -640,5 +641,7 @@ def test_gguf_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_every_family_is_tested():
-    assert {entry.config.model_type for entry in TINY.values()} == set(MODEL_FAMILIES)
+    alone = {entry.config.model_type for entry in TINY.values()}
+    assert alone | {VISION_FAMILIES[name] for name in ("qwen3_vl", "gemma3")} == set(MODEL_FAMILIES)  # test_vision.py
+    assert set(VISION_FAMILIES) == {"gemma3" if tiny.gemma else "qwen3_vl" for tiny in TINY_VISION.values()}
     assert pop_ext.checkpoint.CheckpointError is pop_ext.CheckpointError

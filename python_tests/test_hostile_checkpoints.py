@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from vision_models import TINY_VISION, TinyVision
 
 from pop_ext.checkpoint import CheckpointError, LayerWeights, load_config, load_weights
 from pop_ext.families import ModelSpec
 from pop_ext.rope import RotaryEmbedding
+from pop_ext.vision import Vision
 
 SEED, CASES = 20260203, 2000
 SECONDS = 20  # a case may take; thousands of times what it does take, as the machine may be busy
@@ -34,6 +36,8 @@ CONFIGS = [
     transformers.Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1),
     transformers.Qwen3Config(**SIZES, head_dim=12),
     transformers.Gemma3TextConfig(**SIZES, head_dim=8, layer_types=["sliding_attention", "full_attention"]),
+    TINY_VISION["qwen3_vl_tied"],
+    TINY_VISION["gemma3_pan"],
 ]
 
 
@@ -43,6 +47,10 @@ def sound(tmp_path_factory) -> list[dict[str, bytes]]:
     checkpoints = []
     for index, config in enumerate(CONFIGS):
         torch.manual_seed(index)
+        if isinstance(config, TinyVision):
+            folder = config.make(tmp_path_factory.mktemp("sound"), index)
+            checkpoints.append({path.name: path.read_bytes() for path in folder.iterdir()})
+            continue
         model = transformers.AutoModelForCausalLM.from_config(config)
         for dtype, limit in ((torch.float32, "5GB"), (torch.bfloat16, "3KB")):
             folder = tmp_path_factory.mktemp("sound")
@@ -259,6 +267,10 @@ def load(folder: Path) -> None:
             if (tensor := getattr(layer, field.name)) is not None:
                 assert tensor.data_ptr() % tensor.element_size() == 0
                 tensor.double().sum()  # reads every byte that it says it has
+    if spec.vision_type:
+        vision = Vision(folder, config, spec, torch.bfloat16)
+        for module in vision.modules.values():
+            assert all(weight.double().sum() is not None for weight in module.parameters())
     rope = RotaryEmbedding(config)
     for table in rope(torch.tensor([0, 1, spec.max_position_embeddings - 1])):
         assert table.shape == (max(spec.rope_index) + 1, 3, spec.head_dim // 2)
