@@ -1,8 +1,8 @@
 """Calibrated projections: keys and values of the skipped layers, fitted to those that the full model computes.
 
 For a prefill depth P every prompt token has one vector `x = h[P] / rms(h[P])`, from which each skipped layer l makes
-its keys and values. The layer's own weights expect h[l]. Ridge regression finds the `W_l` [D, 2 Hkv E] that come closest
-to the keys and values of h[l], before K-norm, RoPE and bias, pulled towards the own weights `W0`:
+its keys and values. The layer's own weights expect h[l]. Ridge regression finds the `W_l` [D, 2 Hkv E] that come
+closest to the keys and values of h[l], before K-norm, RoPE and bias, pulled towards the own weights `W0`:
 
     W = W0 + (X^T X + lambda I)^-1 X^T (Y - X W0)
 
@@ -12,7 +12,6 @@ its own weights stay.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,6 +135,15 @@ class Moments:
         return (weight * (self.xx @ weight - 2 * self.xy[layer])).sum(0) + self.yy[layer]
 
 
+def split(windows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows to fit on, and those held out: every eighth, counted from the last."""
+    held_out = set(range(len(windows) - 1, -1, -HELD_OUT))
+    return (
+        [window for i, window in enumerate(windows) if i not in held_out],
+        [windows[i] for i in sorted(held_out)],
+    )
+
+
 @torch.no_grad()
 def calibrate(
     model,
@@ -156,18 +164,17 @@ def calibrate(
     depths = sorted(set(depths))
     rows = 2 * spec.num_kv_heads * spec.head_dim
     layers = {depth: range(depth + 1, spec.num_layers) for depth in depths}
-    fitted, held_out = (
-        {depth: Moments(layers[depth], spec.hidden_size, rows) for depth in depths} for _ in range(2)
-    )
-    batches = [windows[i::HELD_OUT] for i in range(HELD_OUT)]
+    fitted, held_out = ({depth: Moments(layers[depth], spec.hidden_size, rows) for depth in depths} for _ in range(2))
     done = 0
-    for part, moments in [(windows_, fitted) for windows_ in batches[:-1]] + [(batches[-1], held_out)]:
+    for part, moments in zip(split(windows), (fitted, held_out), strict=True):
         for start in range(0, len(part), BATCH):
             batch, inputs = part[start : start + BATCH], {}
+            # Anchors have true keys and values, and unlike any other token's.
+            counted = torch.cat([torch.arange(len(window)) >= model.anchor_tokens for window in batch])
             for layer, hidden in enumerate(model.hidden_states(batch)):
                 if layer == spec.num_layers:
                     break
-                x = normed(hidden, spec.rms_norm_eps)
+                x = normed(hidden[counted], spec.rms_norm_eps)
                 targets = x @ model.weights.projection[layer].float().T if inputs else None
                 for depth, depth_x in inputs.items():
                     moments[depth].add_targets(layer, depth_x, targets)

@@ -193,7 +193,9 @@ def evaluate(
             progress(done, total)
 
     seconds = np.zeros((len(runs), timed + 1))
-    for i in range(-1, timed):  # the first is a warm-up; every prompt passes all methods, so that they share the machine
+    for i in range(
+        -1, timed
+    ):  # the first is a warm-up; every prompt passes all methods, so that they share the machine
         for run, (_, _, variant, depth) in enumerate(runs):
             seconds[run, i] = _time_prefill(variant, prompts[max(i, 0)], min(depth, variant.spec.num_layers))
         done += 1
@@ -257,7 +259,11 @@ def planted(kind: str, filler: list[list[int]], tokenizer, seed: int = 0) -> tup
         if kind == "retrieval":
             name = " ".join(str(word) for word in generator.choice(WORDS, 2, replace=False))
             number = str(generator.integers(10**5, 10**6))
-            fact, question, answer = f"\nThe number of {name} is {number}.\n", f"\nThe number of {name} is", f" {number}."
+            fact, question, answer = (
+                f"\nThe number of {name} is {number}.\n",
+                f"\nThe number of {name} is",
+                f" {number}.",
+            )
         else:
             words = [str(word) for word in generator.choice(WORDS, 16, replace=False)]
             fact, question, answer = (
@@ -270,19 +276,23 @@ def planted(kind: str, filler: list[list[int]], tokenizer, seed: int = 0) -> tup
         )
         room = len(window) - len(fact) - len(question)
         if room < 3:
-            raise ValueError(f"prompts of {len(window)} tokens are too short, expected {len(window) + 3 - room} or more")
+            raise ValueError(
+                f"prompts of {len(window)} tokens are too short, expected {len(window) + 3 - room} or more"
+            )
         cut = int(generator.integers(1, room))
         prompts.append(window[:cut] + fact + window[cut:room] + question)
         continuations.append(answer)
     return prompts, continuations
 
 
-WORDS = (
-    "amber anchor basin beacon birch bridge canyon cedar cliff cloud copper coral cotton crystal delta desert eagle ember "
-    "falcon feather fern forest fossil garden glacier granite harbor hazel island ivory jasper kettle lantern lemon maple "
-    "marble meadow mirror moss mountain oasis olive orchard otter pebble pepper pine planet prairie quartz raven ribbon "
-    "river saddle saffron shadow silver spruce summit thunder timber valley velvet violet walnut willow winter"
-).split()
+WORDS = [
+    "amber", "anchor", "basin", "beacon", "birch", "bridge", "canyon", "cedar", "cliff", "cloud", "copper", "coral",
+    "cotton", "crystal", "delta", "desert", "eagle", "ember", "falcon", "feather", "fern", "forest", "fossil",
+    "garden", "glacier", "granite", "harbor", "hazel", "island", "ivory", "jasper", "kettle", "lantern", "lemon",
+    "maple", "marble", "meadow", "mirror", "moss", "mountain", "oasis", "olive", "orchard", "otter", "pebble",
+    "pepper", "pine", "planet", "prairie", "quartz", "raven", "ribbon", "river", "saddle", "saffron", "shadow",
+    "silver", "spruce", "summit", "thunder", "timber", "valley", "velvet", "violet", "walnut", "willow", "winter",
+]  # fmt: skip
 
 
 def to_json(results: list[Fidelity]) -> list[dict]:

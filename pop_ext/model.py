@@ -173,10 +173,11 @@ class Model(GenerationMixin):
         tensor.
         """
         weights = self.weights
+        tables = [{"embedding": weights.embedding, "final_norm": weights.final_norm, "lm_head": weights.lm_head}]
         digest = hashlib.sha256(repr(self.spec).encode())
-        for holder in (weights, *weights.layers):
-            for name, tensor in sorted(vars(holder).items()):
-                if isinstance(tensor, Tensor) and holder is not weights or name in ("embedding", "final_norm", "lm_head"):
+        for table in tables + [vars(layer) for layer in weights.layers]:
+            for name, tensor in sorted(table.items()):
+                if tensor is not None:
                     values = tensor.flatten()
                     sample = values[:: max(1, len(values) // 4096)].bfloat16()
                     digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
@@ -240,8 +241,8 @@ class Model(GenerationMixin):
 
     @torch.no_grad()
     def hidden_states(self, prompts: list[list[int]]) -> Iterator[Tensor]:
-        """The hidden states [T, D] of all tokens of `prompts` at full depth, one after the other: before each layer, and
-        after the last. L + 1 in turn; each conversation is new and forgotten.
+        """The hidden states [T, D] of all tokens of `prompts`, one prompt after the other, at full depth: before each
+        layer, and after the last, L + 1 in turn. Each prompt is a conversation of its own, and forgotten.
         """
         sequences = [self.new_sequence() for _ in prompts]
         self._check_prompts(sequences, prompts, "prompts")

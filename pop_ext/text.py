@@ -78,6 +78,26 @@ def pydoc_text() -> str:
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
+def default_text(model, tokens: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None):
+    """Text to calibrate on where none is given: half of Python's help, half of the model's own samples."""
+    _, pydoc = encode(model.tokenizer, pydoc_text())
+    return model.tokenizer.decode(pydoc[: tokens // 2]) + "\n\n" + sampled_text(model, tokens // 2, seed, progress)
+
+
+def load_tokenizer(path: str | Path):
+    """The tokenizer of a checkpoint; ValueError if it has none."""
+    from transformers import AutoTokenizer
+
+    from .checkpoint import resolve_folder
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_folder(path))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} has no tokenizer: text cannot be turned into tokens ({error})") from error
+
+
 def sampled_text(
     model, tokens: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> str:
