@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import open_safetensors
+from .kv_cache import BLOCK_SIZE
 from .text import write_whole
 
 FORMAT = "pop-calibration-1"
@@ -100,7 +101,7 @@ def normed(hidden: Tensor, eps: float) -> Tensor:
 
 
 class Moments:
-    """X^T X, X^T Y and Y^T Y's diagonal of a stream, in float64. X [n, D]; Y [n, out] for each of `layers`."""
+    """X^T X, X^T Y and Y^T Y's diagonal of a stream, all in float64. X [n, D]; Y [n, out] for each of `layers`."""
 
     def __init__(self, layers: range, inputs: int, outputs: int):
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
@@ -109,12 +110,12 @@ class Moments:
         self.count = 0
 
     def add_inputs(self, x: Tensor) -> None:
-        self.xx += (x.T @ x).double()
+        self.xx += x.T @ x
         self.count += len(x)
 
     def add_targets(self, layer: int, x: Tensor, y: Tensor) -> None:
-        self.xy[layer] += (x.T @ y).double()
-        self.yy[layer] += y.double().square().sum(0)
+        self.xy[layer] += x.T @ y
+        self.yy[layer] += y.square().sum(0)
 
     def __add__(self, other: Moments) -> Moments:
         total = Moments(range(0), 0, 0)
@@ -166,20 +167,21 @@ def calibrate(
     layers = {depth: range(depth + 1, spec.num_layers) for depth in depths}
     fitted, held_out = ({depth: Moments(layers[depth], spec.hidden_size, rows) for depth in depths} for _ in range(2))
     done = 0
+    size = max(1, min(BATCH, model.max_tokens // (max(map(len, windows)) + BLOCK_SIZE)))
     for part, moments in zip(split(windows), (fitted, held_out), strict=True):
-        for start in range(0, len(part), BATCH):
-            batch, inputs = part[start : start + BATCH], {}
+        for start in range(0, len(part), size):
+            batch, inputs = part[start : start + size], {}
             # Anchors have true keys and values, and unlike any other token's.
             counted = torch.cat([torch.arange(len(window)) >= model.anchor_tokens for window in batch])
             for layer, hidden in enumerate(model.hidden_states(batch)):
                 if layer == spec.num_layers:
                     break
                 x = normed(hidden[counted], spec.rms_norm_eps)
-                targets = x @ model.weights.projection[layer].float().T if inputs else None
+                targets = (x @ model.weights.projection[layer].float().T).double() if inputs else None
                 for depth, depth_x in inputs.items():
                     moments[depth].add_targets(layer, depth_x, targets)
                 if layer in depths:
-                    inputs[layer] = x
+                    inputs[layer] = x = x.double()
                     moments[layer].add_inputs(x)
             done += len(batch)
             progress(done, len(windows))

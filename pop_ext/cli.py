@@ -358,7 +358,8 @@ def calibrate(
         with progress_bar("sampling text") as report:
             source = texts.default_text(loaded, tokens, seed, report)
     sampled = time.perf_counter()
-    windows = texts.windows(loaded.tokenizer, source, calibrations.WINDOW)[: max(2, tokens // calibrations.WINDOW)]
+    length = min(calibrations.WINDOW, loaded.spec.max_position_embeddings)
+    windows = texts.windows(loaded.tokenizer, source, length)[: max(2, tokens // length)]
     with progress_bar("calibrating") as report:
         result = calibrations.calibrate(loaded, windows, depths, progress=report)
     result.provenance |= {

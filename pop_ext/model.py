@@ -330,9 +330,10 @@ class Model(GenerationMixin):
     def _project(self, depth: int, hidden: Tensor, batch: Batch, slots: Tensor) -> None:
         """Keys and values of the layers from `depth` up, projected from hidden [T, D], to the cache."""
         weights = self.weights
+        own = self.calibration is None or depth == self.spec.num_layers - 1  # whose input is exact
         pop.project_kv(
             hidden,
-            weights.projection[depth:] if self.calibration is None else self.calibration.projection(depth),
+            weights.projection[depth:] if own else self.calibration.projection(depth),
             None if weights.projection_bias is None else weights.projection_bias[depth:],
             None if self.k_norms is None else self.k_norms[depth:],
             self.spec.rms_norm_eps,

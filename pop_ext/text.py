@@ -108,12 +108,12 @@ def sampled_text(
     path = cache_folder() / f"sampled-{name}.txt"
     if path.exists():
         return read_text(path)
-    start = model.tokenizer.bos_token_id
-    if start is None:
-        start = model.tokenizer.eos_token_id
-    if start is None:
-        raise ValueError("the tokenizer has neither a beginning nor an end of sequence: give a text")
-    rows, length, texts, done = 16, min(512, model.spec.max_position_embeddings - 1), [], 0
+    tokenizer = model.tokenizer
+    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, *encode(tokenizer, "\n")[1], 0)
+    start = next(token for token in starts if token is not None)
+    length = min(512, model.spec.max_position_embeddings - 1)
+    rows = max(1, min(16, model.max_tokens // (length + 1)))
+    texts, done = [], 0
     while done < tokens:
         output = model.generate(
             [[start]] * rows, prefill_depth=1.0, max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0,
