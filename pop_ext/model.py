@@ -214,28 +214,38 @@ class Model(GenerationMixin):
         """Teacher-forced logits: for each pair, the [c, vocabulary] float32 logits that predict its c continuation
         tokens.
 
-        Prompts are prefilled by POP at `prefill_depth`; continuations are decoded at full depth.
+        Prompts are prefilled by POP at `prefill_depth`, one that follows its equal not again; continuations are decoded
+        at full depth.
         """
         depth = self.layers_kept(prefill_depth)
         _check_token_lists("prompts", prompts, self.spec.vocab_size)
         _check_token_lists("continuations", continuations, self.spec.vocab_size, least=0)
         if len(prompts) != len(continuations):
             raise ValueError(f"continuations has {len(continuations)} entries, expected one per prompt, {len(prompts)}")
-        results = []
-        for prompt, continuation in zip(prompts, continuations, strict=True):
-            if not len(continuation):
-                results.append(torch.empty(0, self.spec.vocab_size))
-                continue
-            sequence = self.new_sequence()
-            try:
-                rows = [self._turn([sequence], [list(prompt)], "prompts", depth, StageTimes())]
+        results, sequence, before = [], None, None
+        try:
+            for prompt, continuation in zip(prompts, continuations, strict=True):
+                if not len(continuation):
+                    results.append(torch.empty(0, self.spec.vocab_size))
+                    continue
+                if sequence is None or prompt != before:
+                    if sequence is not None:
+                        self.free(sequence)
+                    sequence, before = self.new_sequence(), prompt
+                    first = self._turn([sequence], [list(prompt)], "prompts", depth, StageTimes())
+                rows = [first]
                 if len(continuation) > 1:
                     forced = [list(continuation[:-1])]
                     rows.append(
                         self._turn([sequence], forced, "continuations", depth, StageTimes(), deep=True, all_logits=True)
                     )
+                    del sequence.token_ids[
+                        len(prompt) :
+                    ]  # back to the prompt; what follows in the cache is overwritten
+                    sequence.num_cached = len(prompt)
                 results.append(torch.cat(rows))
-            finally:
+        finally:
+            if sequence is not None:
                 self.free(sequence)
         return results
 
