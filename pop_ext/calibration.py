@@ -145,6 +145,30 @@ def split(windows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
     )
 
 
+def _targets(model, layer: int, x: Tensor) -> Tensor:
+    """What layer `layer` makes of its own normed input x [n, D]: [n, 2 Hkv E] float64. A K-norm discards the scale of
+    each token's key in each head, so there keys count with a root mean square of 1.
+    """
+    y = (x @ model.weights.projection[layer].float().T).double()
+    if model.spec.qk_norm:
+        keys = y[:, : y.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))
+        keys *= torch.rsqrt(keys.square().mean(-1, keepdim=True) + model.spec.rms_norm_eps)
+    return y
+
+
+def _own(model, layer: int, moments: Moments) -> Tensor:
+    """The layer's own weights [D, 2 Hkv E] float64; under a K-norm each head's keys at the scale that fits best."""
+    own = model.weights.projection[layer].double().T
+    if model.spec.qk_norm:
+        own = own.clone()
+        heads = own[:, : own.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))  # [D, Hkv, E], a view
+        wanted = moments.xy[layer][:, : own.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))
+        power = torch.einsum("dhe,dc,che->h", heads, moments.xx, heads)
+        scale = (heads * wanted).sum((0, 2)) / power.clamp_min(1e-300)
+        heads *= torch.where(scale > 0, scale, 1.0)[:, None]
+    return own
+
+
 @torch.no_grad()
 def calibrate(
     model,
@@ -177,7 +201,7 @@ def calibrate(
                 if layer == spec.num_layers:
                     break
                 x = normed(hidden[counted], spec.rms_norm_eps)
-                targets = (x @ model.weights.projection[layer].float().T).double() if inputs else None
+                targets = _targets(model, layer, x) if inputs else None
                 for depth, depth_x in inputs.items():
                     moments[depth].add_targets(layer, depth_x, targets)
                 if layer in depths:
@@ -188,7 +212,7 @@ def calibrate(
 
     projections, report = {}, {}
     for depth in depths:
-        own = {layer: model.weights.projection[layer].double().T for layer in layers[depth]}
+        own = {layer: _own(model, layer, fitted[depth]) for layer in layers[depth]}
         spectrum = torch.linalg.eigh(fitted[depth].xx)
         weights = {
             penalty: {layer: fitted[depth].solve(layer, own[layer], penalty, spectrum) for layer in layers[depth]}

@@ -31,8 +31,8 @@ class POP(TemplateLM):
         dtype: str = "bfloat16",
         max_gen_toks: int = 256,
         max_tokens: int | None = None,
-        batch_size: int
-        | str = 1,  # these three lm-eval passes to every model; not used, as a context runs at a time, where the model is
+        # lm-eval passes these three to every model; not used, as a context runs at a time, where the model is
+        batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
     ):
