@@ -293,7 +293,7 @@ class Model(GenerationMixin):
         try:
             self.cache.grow(sequences, [len(prompt) for prompt in prompts])
             runs = [(sequence, 0, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
-            batch = Batch(runs, self.rope)
+            batch = Batch(runs, self.rope, bidirectional_images=False)
             hidden = embedding(torch.tensor([token for prompt in prompts for token in prompt]), self.weights.embedding)
             if self.spec.embedding_scale != 1:
                 hidden *= self.spec.embedding_scale
