@@ -28,7 +28,7 @@ def row(cells) -> str:
 def show(title: str, rows: list[dict], exact: bool = False) -> None:
     print(f"\n{title}\n")
     header = ["prompt tokens", "layers", "method", "KL, nats a token (95%)", "perplexity", "top-1", "prefill"]
-    header = header[:-1] + ["all exact", "prefill"] if exact else header
+    header = [*header[:-1], "all exact", "prefill"] if exact else header
     print(row(header), row(["---"] * len(header)), sep="\n")
     for r in rows:
         cells = [r["prompt_tokens"], r["prefill_depth"], r["method"]]
