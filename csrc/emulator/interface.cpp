@@ -92,3 +92,27 @@ POP_API void pop_emulator_totals(uint64_t* launches, uint64_t* warp_instructions
 
 // What the last failed kernel or module had to say.
 POP_API const char* pop_emulator_message() { return Runtime::instance().message.c_str(); }
+
+// Memory of the caller's that kernels may touch; overlapping registrations are one region. written: its bytes count as
+// written. 0 on success.
+POP_API int pop_emulator_register(void* base, size_t bytes, int written, const char* name) {
+  if (!base && bytes) return interface_error = "register: a null address", cudaErrorInvalidValue;
+  if (bytes > (size_t{1} << 47) || reinterpret_cast<uintptr_t>(base) + bytes < bytes)
+    return interface_error = "register: " + std::to_string(bytes) + " bytes are too many", cudaErrorInvalidValue;
+  Memory::instance().enroll(base, bytes, written != 0, name ? name : "");
+  return cudaSuccess;
+}
+
+// Undoes the last registration of that base. 0 on success.
+POP_API int pop_emulator_unregister(const void* base) {
+  if (Memory::instance().dismiss(base)) return cudaSuccess;
+  return interface_error = "unregister: nothing is registered at that address", cudaErrorInvalidValue;
+}
+
+// Device memory of its own with never-written bytes; null where there is not enough.
+POP_API void* pop_emulator_allocate(size_t bytes, const char* name) {
+  return Memory::instance().allocate(bytes, Allocation::Kind::kDevice, name ? name : "");
+}
+POP_API int pop_emulator_free(const void* base) {
+  return Memory::instance().release(base) ? cudaSuccess : cudaErrorInvalidValue;
+}
