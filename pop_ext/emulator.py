@@ -6,8 +6,11 @@
 Arguments are numbers, numpy arrays and CPU tensors; the device's memory is the host's, so kernels write into those.
 """
 
+import contextlib
 import ctypes
+import dataclasses
 import functools
+import json
 import numbers
 import os
 import pathlib
@@ -60,6 +63,10 @@ def _library() -> ctypes.CDLL:
     library.pop_emulator_allocate.restype = ctypes.c_void_p
     library.pop_emulator_allocate.argtypes = [ctypes.c_size_t, ctypes.c_char_p]
     library.pop_emulator_free.argtypes = [ctypes.c_void_p]
+    library.pop_emulator_checks.argtypes = [ctypes.c_char_p]
+    library.pop_emulator_schedule.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
+    library.pop_emulator_host_reads.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.pop_emulator_findings.restype = library.pop_emulator_counts.restype = ctypes.c_char_p
     return library
 
 
@@ -214,3 +221,96 @@ def empty(shape, dtype=None, name: str | None = None):
     buffer = (ctypes.c_uint8 * max(size, 1)).from_address(address)
     weakref.finalize(buffer, _library().pop_emulator_free, address)
     return torch.frombuffer(buffer, dtype=torch.uint8)[:size].view(dtype).view(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spot:
+    """A place in a running kernel: PTX line and text, source line where -lineinfo gave it (0: not), block, thread."""
+
+    kernel: str
+    line: int
+    text: str
+    source: str
+    source_line: int
+    block: tuple[int, int, int]
+    thread: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding(Spot):
+    """A broken rule (csrc/emulator/README.md lists them), where, and in which allocation; `second` is the other party,
+    `second_role` what it did; `count`: how often it was found at these lines."""
+
+    rule: str
+    message: str
+    address: int
+    space: str
+    allocation: str
+    count: int
+    second: Spot | None
+    second_role: str
+
+
+def checks(*names: str) -> None:
+    """What later launches are checked for: any of "memory", "init", "race", "barrier", or "all"; nothing: no checks.
+
+    Memory that is known when checks are switched on counts as written.
+    """
+    if _library().pop_emulator_checks(",".join(names).encode()):
+        raise ValueError(_message())
+
+
+def schedule(name: str = "roundrobin", seed: int = 0) -> None:
+    """The order of warps, blocks and landing copies in later launches: "roundrobin", "random" or "adversarial"."""
+    if _library().pop_emulator_schedule(name.encode(), seed):
+        raise ValueError(_message())
+
+
+def count(on: bool = True) -> None:
+    """Whether later launches are counted."""
+    _library().pop_emulator_count(int(on))
+
+
+def findings() -> list[Finding]:
+    """What was found since `clear`."""
+    result = []
+    for row in json.loads(_library().pop_emulator_findings()):
+        second = row.pop("second")
+        role = second.pop("role") if second else ""
+        for spot in (row, second or {}):
+            spot.update({key: tuple(spot[key]) for key in ("block", "thread") if key in spot})
+        result.append(Finding(**row, second=Spot(**second) if second else None, second_role=role))
+    return result
+
+
+def counts() -> list[dict]:
+    """The launches counted since `clear`, each with totals and lists of `allocations`, `loops` and `instructions`."""
+    return json.loads(_library().pop_emulator_counts(0))
+
+
+def report(annotate: bool = False) -> str:
+    """The counted launches as text; `annotate` adds the PTX with counts beside each line."""
+    return _library().pop_emulator_counts(2 if annotate else 1).decode()
+
+
+def clear() -> None:
+    """Forgets findings and counted launches."""
+    _library().pop_emulator_clear()
+
+
+def host_reads(tensor) -> bool:
+    """Says that the host reads a tensor now: a finding, and False, where one of its bytes was never written."""
+    base, size = _extent(tensor)
+    return _library().pop_emulator_host_reads(base, size) == 0
+
+
+@contextlib.contextmanager
+def registered(*tensors):
+    """Tensors and arrays as known memory within a `with` block."""
+    for tensor in tensors:
+        register(tensor)
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            unregister(tensor)

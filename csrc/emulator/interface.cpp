@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "checks.h"
 #include "memory.h"
 #include "runtime.h"
 #include "schedule.h"
@@ -115,4 +116,39 @@ POP_API void* pop_emulator_allocate(size_t bytes, const char* name) {
 }
 POP_API int pop_emulator_free(const void* base) {
   return Memory::instance().release(base) ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Looking, for the launches to come. names: "memory,init,race,barrier" (a part of them), "all" or "".
+POP_API int pop_emulator_checks(const char* names) {
+  uint32_t checks;
+  if (!parse_checks(names, checks))
+    return interface_error = "checks '" + std::string(names) + "': expected memory, init, race, barrier, or all",
+           cudaErrorInvalidValue;
+  look_settings().checks = checks;
+  Memory::instance().track(checks != 0);
+  return cudaSuccess;
+}
+POP_API int pop_emulator_schedule(const char* name, uint64_t seed) {
+  if (!parse_schedule(name, look_settings().schedule))
+    return interface_error = "schedule '" + std::string(name) + "': expected roundrobin, random or adversarial",
+           cudaErrorInvalidValue;
+  look_settings().seed = seed;
+  return cudaSuccess;
+}
+POP_API void pop_emulator_count(int on) { look_settings().count = on != 0; }
+
+// What was found and counted so far, as JSON or text; valid until the thread's next call.
+POP_API const char* pop_emulator_findings() {
+  static thread_local std::string text;
+  return (text = Findings::instance().json()).c_str();
+}
+POP_API const char* pop_emulator_counts(int format) {  // 0: JSON, 1: text, 2: text with the annotated PTX
+  static thread_local std::string text;
+  return (text = format == 0 ? counts_json() : counts_text(format == 2)).c_str();
+}
+POP_API void pop_emulator_clear() { Findings::instance().clear(), clear_counts(); }
+
+// The host reads these bytes: a finding where one was never written.
+POP_API int pop_emulator_host_reads(const void* base, size_t bytes) {
+  return host_reads(base, bytes, "the host") ? cudaSuccess : cudaErrorInvalidValue;
 }
