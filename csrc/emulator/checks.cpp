@@ -654,7 +654,7 @@ void Looks::locate(Warp& w, const Look& k, uint32_t slot, bool narrow, int64_t o
       a.host[l] = w.shared + at;
       a.any_shared = true;
     } else if (s == Space::kLocal) {
-      if (at + size > w.local_stride || (check && !k.address_constant && !in_frame(w, l, at, size))) {
+      if (at + size > w.local_stride || (check && !in_frame(w, l, at, size))) {
         refuse(kBounds, "out-of-bounds",
                std::to_string(size) + " bytes at local address " + std::to_string(at) + ", in no variable of the thread",
                nullptr);
@@ -978,7 +978,9 @@ void Looks::arrive(Warp& w, const Instruction& i, const Look& k, uint32_t barrie
   BarrierLook& state = b.barriers[barrier];
   if (settings.checks & kCheckBarrier) {
     const Spot here = spot(w, k, first(lanes));
-    if (state.instruction == kNoInstruction) {
+    if (lanes != w.live) {
+      // Said already: only a part of the warp is here.
+    } else if (state.instruction == kNoInstruction) {
       state.instruction = k.id, state.count = count, state.first = here;
     } else if (state.count != count || (state.instruction != k.id && count == 0)) {
       if (once(kMismatch, k.id, state.instruction)) {
@@ -1181,7 +1183,8 @@ void Looks::touch_word(Warp& w, const Look& k, const Word& word, bool write, Str
 void Looks::touch(Warp& w, const Look& k, const Access& a, bool write, Strength strength, bool async, uint32_t ticket,
                   const uint8_t (*data)[32], const uint32_t* sizes) {
   words_.clear();
-  std::fill(table_.begin(), table_.end(), 0);
+  for (const uint32_t slot : table_used_) table_[slot] = 0;
+  table_used_.clear();
   const uint32_t mask = static_cast<uint32_t>(table_.size()) - 1;
   for (uint32_t m = a.lanes; m; m &= m - 1) {
     const uint32_t lane = first(m);
@@ -1203,6 +1206,7 @@ void Looks::touch(Warp& w, const Look& k, const Access& a, bool write, Strength 
       if (!table_[slot]) {
         words_.push_back({at, 1u << lane, value, cells + (at - base) / 4, bytes, region});
         table_[slot] = static_cast<uint32_t>(words_.size());
+        table_used_.push_back(slot);
         continue;
       }
       Word& old = words_[table_[slot] - 1];
@@ -1280,9 +1284,14 @@ bool Looks::before(Warp& w, const Instruction& i, const Look& k) {
     if (checks & kCheckInit) flow(w, i, k);
     return true;
   }
-  if ((checks & kCheckInit) && k.address != kNever && !k.address_constant &&
-      k.touch != Touch::kMatrixLoad && k.touch != Touch::kMatrixStore)
-    observe(w, k, {k.address, static_cast<uint8_t>(k.narrow ? 4 : 8)}, w.active, "an address");
+  if ((checks & kCheckInit) && k.address != kNever && !k.address_constant && k.touch != Touch::kMatrixLoad &&
+      k.touch != Touch::kMatrixStore) {
+    const LaneSlot address{k.address, static_cast<uint8_t>(k.narrow ? 4 : 8)};
+    const uint32_t nowhere = bad(w, address) & w.active;
+    observe(w, k, address, w.active, "an address");
+    w.active &= ~nowhere;
+    if (!w.active) return false;
+  }
   switch (k.touch) {
     case Touch::kAsyncCopy:
       return async_copy(w, i, k);

@@ -237,7 +237,7 @@ class Looks {
   std::unique_ptr<LaunchCounts> counts_;
   std::mt19937_64 random_;
   std::vector<Word> words_;
-  std::vector<uint32_t> table_;
+  std::vector<uint32_t> table_, table_used_;
 
   uintptr_t parameters_ = 0, workspace_ = 0;
   size_t parameter_bytes_ = 0, workspace_bytes_ = 0;
