@@ -66,6 +66,7 @@ def _library() -> ctypes.CDLL:
     library.pop_emulator_checks.argtypes = [ctypes.c_char_p]
     library.pop_emulator_schedule.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
     library.pop_emulator_host_reads.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.pop_emulator_expect_stream.argtypes = [ctypes.c_int, ctypes.c_void_p]
     library.pop_emulator_findings.restype = library.pop_emulator_counts.restype = ctypes.c_char_p
     return library
 
@@ -302,6 +303,11 @@ def host_reads(tensor) -> bool:
     """Says that the host reads a tensor now: a finding, and False, where one of its bytes was never written."""
     base, size = _extent(tensor)
     return _library().pop_emulator_host_reads(base, size) == 0
+
+
+def expect_stream(stream: int | None) -> None:
+    """Launches through the runtime on another stream than this (a cudaStream_t) become findings; None ends that."""
+    _library().pop_emulator_expect_stream(int(stream is not None), stream)
 
 
 @contextlib.contextmanager

@@ -68,8 +68,8 @@ LookSettings& look_settings() {
                    names),
           s.checks = kCheckAll;
     if (const char* name = read("POP_EMULATOR_SCHEDULE"); name && !parse_schedule(name, s.schedule))
-      std::fprintf(stderr,
-                   "pop emulator: POP_EMULATOR_SCHEDULE is '%s': expected roundrobin, random or adversarial\n", name);
+      std::fprintf(stderr, "pop emulator: POP_EMULATOR_SCHEDULE is '%s': expected roundrobin, random or adversarial\n",
+                   name);
     if (const char* seed = read("POP_EMULATOR_SEED")) s.seed = std::strtoull(seed, nullptr, 0);
     s.count = read("POP_EMULATOR_COUNT") != nullptr;
     if (s.checks) Memory::instance().track(true);
@@ -87,14 +87,19 @@ bool host_reads(const void* base, size_t bytes, const char* who) {
   f.rule = "uninitialized-copy", f.space = "global", f.address = reinterpret_cast<uint64_t>(at);
   for (const auto& region : memory.regions())
     if (region->holds(f.address, 1)) f.allocation = region_name(*region);
-  f.message = std::string(who) + " reads byte " + std::to_string(static_cast<const char*>(at) - static_cast<const char*>(base)) +
-              " of " + std::to_string(bytes) + " from '" + f.allocation + "', which was never written";
+  f.message = std::string(who) + " reads byte " +
+              std::to_string(static_cast<const char*>(at) - static_cast<const char*>(base)) + " of " +
+              std::to_string(bytes) + " from '" + f.allocation + "', which was never written";
   Findings::instance().add(std::move(f));
   return false;
 }
 
 Looks::Looks(const LaunchRequest& request, uint32_t warps, const LookSettings& given)
-    : settings(given), kernel_(*request.kernel), grid_(request.grid), block_(request.block), warps_(warps),
+    : settings(given),
+      kernel_(*request.kernel),
+      grid_(request.grid),
+      block_(request.block),
+      warps_(warps),
       concurrent_(request.concurrent) {
   const uint64_t total = request.grid.count() * warps;
   if (next_warp.load() + total > 0xf0000000u) next_warp = 1;
@@ -145,6 +150,7 @@ void Looks::begin_block(BlockLook& b, uint64_t index, Dim3 id, std::vector<std::
   b.shared = shared, b.shared_bytes = shared_bytes;
   b.priority = random_();
   b.variables.clear();
+  b.more.clear();
   b.barriers = {};
   if (settings.checks & kCheckInit) std::memset(b.unwritten.reserve(shared_bytes), 0xff, shared_bytes);
   if (settings.checks & kCheckRace) b.cells.reserve((size_t{shared_bytes} + 3) / 4 * sizeof(Cell));
@@ -194,7 +200,8 @@ Spot Looks::spot_of(uint32_t warp, uint32_t instruction, uint32_t lane) const {
   const uint32_t thread = (warp - first_warp_) % warps_ * kLanes + lane;
   s.block[0] = static_cast<uint32_t>(index % grid_.x), s.block[1] = static_cast<uint32_t>(index / grid_.x % grid_.y),
   s.block[2] = static_cast<uint32_t>(index / grid_.x / grid_.y);
-  s.thread[0] = thread % block_.x, s.thread[1] = thread / block_.x % block_.y, s.thread[2] = thread / block_.x / block_.y;
+  s.thread[0] = thread % block_.x, s.thread[1] = thread / block_.x % block_.y,
+  s.thread[2] = thread / block_.x / block_.y;
   return s;
 }
 
@@ -206,7 +213,18 @@ bool Looks::once(uint32_t rule, uint32_t instruction, uint32_t other) {
 }
 
 namespace {
-enum Rule : uint32_t { kBounds = 1, kFreed, kMisaligned, kUninit, kRace, kDivergent, kAligned, kMembers, kMismatch, kPending };
+enum Rule : uint32_t {
+  kBounds = 1,
+  kFreed,
+  kMisaligned,
+  kUninit,
+  kRace,
+  kDivergent,
+  kAligned,
+  kMembers,
+  kMismatch,
+  kPending
+};
 
 std::string hex(uint64_t v) {
   char text[32];
@@ -214,9 +232,7 @@ std::string hex(uint64_t v) {
   return text;
 }
 
-const char* space_name(Space s) {
-  return s == Space::kShared ? "shared" : s == Space::kLocal ? "local" : "global";
-}
+const char* space_name(Space s) { return s == Space::kShared ? "shared" : s == Space::kLocal ? "local" : "global"; }
 }  // namespace
 
 void Looks::report(const char* rule, std::string message, const Warp& w, const Look& look, uint32_t lane,
@@ -480,8 +496,10 @@ void Looks::flow_multiply(Warp& w, const Look& k) {
     if (!lanes) continue;
     if (!origin) origin = *shadow(w, k.sources[r].slot, 1);
     if (!loaded) loaded = *shadow(w, k.sources[r].slot, 2);
-    if (r < a) rows |= lanes_to_eight(lanes) << (r % tiles * 8);
-    else if (r < a + b) columns |= lanes_to_eight(lanes);
+    if (r < a)
+      rows |= lanes_to_eight(lanes) << (r % tiles * 8);
+    else if (r < a + b)
+      columns |= lanes_to_eight(lanes);
   }
   if (!origin) origin = k.id + 1;
   for (size_t tile = 0; tile < tiles; ++tile) {
@@ -655,9 +673,10 @@ void Looks::locate(Warp& w, const Look& k, uint32_t slot, bool narrow, int64_t o
       a.any_shared = true;
     } else if (s == Space::kLocal) {
       if (at + size > w.local_stride || (check && !in_frame(w, l, at, size))) {
-        refuse(kBounds, "out-of-bounds",
-               std::to_string(size) + " bytes at local address " + std::to_string(at) + ", in no variable of the thread",
-               nullptr);
+        refuse(
+            kBounds, "out-of-bounds",
+            std::to_string(size) + " bytes at local address " + std::to_string(at) + ", in no variable of the thread",
+            nullptr);
         continue;
       }
       a.host[l] = w.local + uint64_t{l} * w.local_stride + at;
@@ -674,7 +693,8 @@ void Looks::locate(Warp& w, const Look& k, uint32_t slot, bool narrow, int64_t o
         }
         a.region[l] = nullptr;
         if (const std::string gone = region ? "" : Memory::instance().freed(at); !gone.empty()) {
-          refuse(kFreed, "use-after-free", std::to_string(size) + " bytes at " + hex(at) + ", in freed " + gone, nullptr);
+          refuse(kFreed, "use-after-free", std::to_string(size) + " bytes at " + hex(at) + ", in freed " + gone,
+                 nullptr);
           continue;
         }
         // The nearest allocation says most.
@@ -686,8 +706,8 @@ void Looks::locate(Warp& w, const Look& k, uint32_t slot, bool narrow, int64_t o
           const uint64_t distance = at < r.base ? r.base - at : at - (r.base + r.bytes);
           if (distance > (1u << 20)) return;
           near = &r;
-          where = std::to_string(distance) + (at < r.base ? " bytes before '" : " bytes after '") + region_name(r) + "' of " +
-                  std::to_string(r.bytes) + " bytes";
+          where = std::to_string(distance) + (at < r.base ? " bytes before '" : " bytes after '") + region_name(r) +
+                  "' of " + std::to_string(r.bytes) + " bytes";
         };
         if (region)
           where = "across the end of '" + region_name(*region) + "' of " + std::to_string(region->bytes) + " bytes";
@@ -736,7 +756,7 @@ bool Looks::async_copy(Warp& w, const Instruction& i, const Look& k) {
   }
   // Lanes whose next commit is the same group share a ticket.
   uint32_t left = to.lanes;
-  const int landing = settings.schedule == Schedule::kRoundRobin   ? 0
+  const int landing = settings.schedule == Schedule::kRoundRobin    ? 0
                       : settings.schedule == Schedule::kAdversarial ? 1
                                                                     : static_cast<int>(random_() % 3);
   while (left) {
@@ -758,8 +778,13 @@ bool Looks::async_copy(Warp& w, const Instruction& i, const Look& k) {
     }
     for (uint32_t m = same; m; m &= m - 1) {
       const uint32_t lane = first(m);
-      const Landing copy{ticket, static_cast<uint8_t>(lane), static_cast<uint8_t>(bytes), static_cast<uint8_t>(sizes[lane]),
-                         landing == 2, to.host[lane], from.host[lane]};
+      const Landing copy{ticket,
+                         static_cast<uint8_t>(lane),
+                         static_cast<uint8_t>(bytes),
+                         static_cast<uint8_t>(sizes[lane]),
+                         landing == 2,
+                         to.host[lane],
+                         from.host[lane]};
       if (settings.checks & kCheckInit) {
         uint8_t* target = unwritten(w, to, lane, 0);
         const uint8_t* source = sizes[lane] ? unwritten(w, from, lane, 0) : nullptr;
@@ -791,7 +816,8 @@ void Looks::land_early(WarpLook& l) {
   });
 }
 
-// Copies of these lanes that the wait is for are done. groups: the newest that may go on; -1: none, uncommitted neither.
+// Copies of these lanes that the wait is for are done. groups: the newest that may go on; -1: none, uncommitted
+// neither.
 void Looks::async_wait(Warp& w, uint32_t lanes, int64_t groups) {
   WarpLook& l = *w.look;
   for (size_t p = 0; p < l.pending.size();) {
@@ -966,7 +992,8 @@ void Looks::sync_warp(Warp& w, uint32_t lanes) {
   auto own = std::make_shared<ClockPart>(*clock.parts[l.block->index]);
   const uint32_t local = l.id - l.block->first_warp;
   for (uint32_t m = lanes; m; m &= m - 1) own->epochs[local * kLanes + first(m)] = l.clock;
-  own->floors[local] = *std::min_element(own->epochs.begin() + local * kLanes, own->epochs.begin() + (local + 1) * kLanes);
+  own->floors[local] =
+      *std::min_element(own->epochs.begin() + local * kLanes, own->epochs.begin() + (local + 1) * kLanes);
   clock.parts[l.block->index] = own, clock.own = own.get();
   ++l.clock;
   for (uint32_t m = lanes; m; m &= m - 1) l.clocks[first(m)] = all;
@@ -1101,12 +1128,16 @@ void Looks::race(Warp& w, const Look& k, const Word& word, const Stamp& e, bool 
   f.space = shared ? "shared" : "global";
   if (word.region) f.allocation = region_name(*word.region);
   const auto verb = [](bool writes, bool asynchronous, bool strong) {
-    return std::string(asynchronous ? "an asynchronous copy " : strong ? "a strong access " : "") +
+    return std::string(asynchronous ? "an asynchronous copy "
+                       : strong     ? "a strong access "
+                                    : "") +
            (writes ? "writes" : "reads");
   };
   f.message = verb(write, async, k.strength != Strength::kWeak && !async) + " " + f.space + " address " +
               (shared ? std::to_string(word.at) : hex(word.at)) + ", which " +
-              verb(e.info & kWrite, e.info & kAsync, (e.info >> kStrengthShift & 3) != 0) + (e.warp == w.look->id && e.lanes == word.lanes ? ", by the same thread," : " by another thread,") + " without order between them";
+              verb(e.info & kWrite, e.info & kAsync, (e.info >> kStrengthShift & 3) != 0) +
+              (e.warp == w.look->id && e.lanes == word.lanes ? ", by the same thread," : " by another thread,") +
+              " without order between them";
   f.second_role = e.info & kWrite ? "written at" : "read at";
   if (own) {
     f.second = spot_of(e.warp, instruction, first(e.lanes));
@@ -1130,7 +1161,6 @@ void Looks::touch_word(Warp& w, const Look& k, const Word& word, bool write, Str
       if (e.warp >= begin && e.warp < end) return false;
     return true;
   };
-  bool placed = false;
   // Returns true where the old stamp says nothing that the new one does not.
   const auto meet = [&](const Stamp& e) {
     const bool before = ordered(e, l, word.lanes);
@@ -1140,44 +1170,46 @@ void Looks::touch_word(Warp& w, const Look& k, const Word& word, bool write, Str
       const bool one_block = e.warp - l.block->first_warp < warps_;
       const bool strong = strength != Strength::kWeak && theirs != Strength::kWeak &&
                           (one_block || (strength == Strength::kDevice && theirs == Strength::kDevice));
-      if (!strong) race(w, k, word, e, write, async, shared);
-      if (!strong) return true;
+      if (!strong) return race(w, k, word, e, write, async, shared), true;
     }
     return before && !(e.info & 15 & ~word.bytes) && (write || !(e.info & kWrite)) &&
            (strength == Strength::kWeak || write);
   };
-  Stamp* empty = nullptr;
-  for (Stamp& e : word.cell->stamps) {
-    if (stale(e) || meet(e)) {
-      e.info = 0;
-      empty = &e;
-    }
+  const auto merges = [&](Stamp& e) {
+    if (e.warp != mine.warp || e.clock != mine.clock || ((e.info ^ mine.info) & 0xff)) return false;
+    e.lanes |= mine.lanes;
+    return true;
+  };
+  Cell& cell = *word.cell;
+  Stamp* place = nullptr;
+  for (Stamp& e : cell.stamps)
+    if (stale(e) || meet(e)) e.info = 0, place = &e;
+  const uint32_t owner = shared ? l.block->first_warp : first_warp_;
+  auto& lists = shared ? l.block->more : more_;
+  std::vector<Stamp>* const more = cell.more && cell.owner == owner ? &lists[cell.more - 1] : nullptr;
+  if (more) std::erase_if(*more, [&](const Stamp& e) { return stale(e) || meet(e); });
+  if (place) {
+    *place = mine;
+    return;
   }
-  if (!more_.empty()) {
-    if (const auto at = more_.find(word.cell); at != more_.end()) {
-      std::erase_if(at->second, [&](const Stamp& e) { return stale(e) || meet(e); });
-      if (at->second.empty()) more_.erase(at);
-    }
+  uint32_t blocks = 0;  // of reads by different blocks, at least
+  uint32_t reader = 0;
+  for (Stamp& e : cell.stamps) {
+    if (merges(e)) return;
+    const uint32_t block = (e.warp - first_warp_) / warps_;
+    if (!shared && !write && !(e.info & kWrite) && block != l.block->index && (!blocks || block != reader))
+      ++blocks, reader = block;
   }
-  if (empty) {
-    *empty = mine;
-    placed = true;
+  // Whoever writes what blocks in no order read races with one of two: that is enough to keep.
+  if (blocks >= 2) return;
+  if (more) {
+    for (Stamp& e : *more)
+      if (merges(e)) return;
+    more->push_back(mine);
+    return;
   }
-  if (!placed) {
-    // A read of the same epoch by the same warp may be merged with one that is there.
-    for (Stamp& e : word.cell->stamps)
-      if (e.warp == mine.warp && e.clock == mine.clock && ((e.info ^ mine.info) & 0xff) == 0) {
-        e.lanes |= mine.lanes;
-        return;
-      }
-    auto& list = more_[word.cell];
-    for (Stamp& e : list)
-      if (e.warp == mine.warp && e.clock == mine.clock && ((e.info ^ mine.info) & 0xff) == 0) {
-        e.lanes |= mine.lanes;
-        return;
-      }
-    list.push_back(mine);
-  }
+  lists.push_back({mine});
+  cell.owner = owner, cell.more = static_cast<uint32_t>(lists.size());
 }
 
 void Looks::touch(Warp& w, const Look& k, const Access& a, bool write, Strength strength, bool async, uint32_t ticket,
@@ -1193,8 +1225,9 @@ void Looks::touch(Warp& w, const Look& k, const Access& a, bool write, Strength 
     Region* const region = a.region[lane];
     if (!shared && !region) continue;
     const uintptr_t start = a.address[lane], end = start + (sizes ? sizes[lane] : a.bytes);
-    Cell* const cells = shared ? reinterpret_cast<Cell*>(w.look->block->cells.data())
-                               : reinterpret_cast<Cell*>(region->cells.reserve((region->bytes + 10) / 4 * sizeof(Cell)));
+    Cell* const cells = shared
+                            ? reinterpret_cast<Cell*>(w.look->block->cells.data())
+                            : reinterpret_cast<Cell*>(region->cells.reserve((region->bytes + 10) / 4 * sizeof(Cell)));
     const uintptr_t base = shared ? 0 : region->base & ~uintptr_t{3};
     for (uintptr_t at = start & ~uintptr_t{3}; at < end; at += 4) {
       const uintptr_t low = std::max(at, start), high = std::min(at + 4, end);
@@ -1215,7 +1248,8 @@ void Looks::touch(Warp& w, const Look& k, const Access& a, bool write, Strength 
         for (uint32_t j = 0; j < 4; ++j)
           if (old.bytes & bytes & (1u << j)) bits |= 0xffu << (8 * j);
         if (!data || ((old.value ^ value) & bits)) {
-          const Stamp other{w.look->id, w.look->clock, old.lanes, old.bytes | kWrite | (async ? kAsync : 0) | k.id << kIdShift};
+          const Stamp other{w.look->id, w.look->clock, old.lanes,
+                            old.bytes | kWrite | (async ? kAsync : 0) | k.id << kIdShift};
           race(w, k, {at, 1u << lane, value, nullptr, bytes, region}, other, true, async, shared);
         }
       }
@@ -1229,7 +1263,8 @@ void Looks::touch(Warp& w, const Look& k, const Access& a, bool write, Strength 
   }
   const bool shared = a.any_shared && !a.any_global;
   for (const Word& word : words_)
-    touch_word(w, k, word, write, strength, async, ticket, a.any_shared && a.any_global ? word.region == nullptr : shared);
+    touch_word(w, k, word, write, strength, async, ticket,
+               a.any_shared && a.any_global ? word.region == nullptr : shared);
 }
 
 // A matrix's rows, by the lanes that their words go to or come from.
@@ -1274,8 +1309,10 @@ bool Looks::before(Warp& w, const Instruction& i, const Look& k) {
     const uint32_t* members = w.lanes<uint32_t>(i.slots[0]);
     for (uint32_t m = w.active; m; m &= m - 1)
       if (!(members[first(m)] >> first(m) & 1) && once(kMembers, k.id, 0))
-        report("warp-mask", "a thread executes a .sync instruction whose member mask " + hex(members[first(m)]) +
-               " does not name it", w, k, first(m), 0, "", nullptr);
+        report(
+            "warp-mask",
+            "a thread executes a .sync instruction whose member mask " + hex(members[first(m)]) + " does not name it",
+            w, k, first(m), 0, "", nullptr);
   }
   if ((checks & kCheckInit) && k.control)
     for (const LaneSlot& s : k.sources) observe(w, k, s, w.active, "what a branch, call or barrier depends on");

@@ -56,17 +56,19 @@ struct Stamp {
   uint32_t info = 0;  // bytes of the word: 4 bits; write, strength: 2, asynchronous; the rest: instruction
 };
 struct Cell {
-  Stamp stamps[2];  // more are elsewhere
+  Stamp stamps[3];
+  uint32_t owner = 0, more = 0;  // further stamps, if the owner (a warp's id) is who asks: index + 1
+  uint32_t unused[2] = {};
 };
-static_assert(sizeof(Cell) == 32);
+static_assert(sizeof(Cell) == 64);
 
 struct BlockLook;
 class Looks;
 
 // What an address's strong accesses have published.
 struct SyncVariable {
-  ClockRef wide;      // at device scope
-  ClockRef narrow;    // for one block
+  ClockRef wide;    // at device scope
+  ClockRef narrow;  // for one block
   uint32_t narrow_block = ~0u;
   uint32_t wide_block = ~0u;  // the only publisher's; ~0: several
 };
@@ -116,6 +118,7 @@ struct BlockLook {
   uint32_t shared_bytes = 0;
   Pages unwritten;  // of shared memory: a byte of ones each
   Pages cells;
+  std::vector<std::vector<Stamp>> more;
   std::unordered_map<uint64_t, SyncVariable> variables;  // in shared memory
   std::array<BarrierLook, 16> barriers;
   std::vector<std::unique_ptr<WarpLook>> warps;
@@ -150,7 +153,9 @@ class Looks {
 
   // Memory that every launch may touch: its parameters, and a cooperative one's barrier.
   void set_memory(const void* parameters, size_t parameter_bytes, const void* workspace, size_t workspace_bytes);
-  std::pair<uint32_t, uint32_t> warps() const { return {first_warp_, first_warp_ + static_cast<uint32_t>(grid_.count()) * warps_}; }
+  std::pair<uint32_t, uint32_t> warps() const {
+    return {first_warp_, first_warp_ + static_cast<uint32_t>(grid_.count()) * warps_};
+  }
 
  private:
   struct Access {
@@ -227,9 +232,9 @@ class Looks {
   Region* last_region_ = nullptr;
   uint32_t refused_ = 0;  // lanes of the last access that may not be
   std::vector<Ticket> tickets_;
-  std::vector<uint32_t> ticket_places_;  // the instruction of each
+  std::vector<uint32_t> ticket_places_;                    // the instruction of each
   std::vector<std::pair<uint32_t, uint32_t>> concurrent_;  // warps of launches that no order is known to
-  std::unordered_map<const Cell*, std::vector<Stamp>> more_;
+  std::vector<std::vector<Stamp>> more_;
   std::unordered_map<uint64_t, SyncVariable> variables_;
   std::unordered_set<uint64_t> reported_;
   std::shared_ptr<const ClockPart> nothing_;

@@ -106,7 +106,7 @@ class Decoder {
   std::vector<uint32_t> register_slots_;
   std::unordered_map<uint64_t, uint32_t> constants_[17];
   std::unordered_map<uint32_t, uint32_t> specials_;
-  std::vector<Address> addresses_;  // of the statement
+  std::vector<Address> addresses_;   // of the statement
   std::vector<size_t> slot_starts_;  // of each instruction in Code::slots, until that stops growing
 };
 

@@ -22,6 +22,12 @@ std::string place(const Spot& s) {
   return text;
 }
 
+std::string finding_text(const Finding& f) {
+  std::string text = f.rule + ": " + f.message + "\n    " + place(f.spot);
+  if (!f.second_role.empty()) text += "\n    " + f.second_role + ": " + place(f.second);
+  return text + "\n";
+}
+
 std::string spot_json(const Spot& s) {
   return "\"kernel\": " + quoted(s.kernel) + ", \"line\": " + std::to_string(s.line) + ", \"text\": " + quoted(s.text) +
          ", \"source\": " + quoted(s.source) + ", \"source_line\": " + std::to_string(s.source_line) +
@@ -57,12 +63,15 @@ void Findings::add(Finding f) {
       return;
     }
   if (findings_.size() >= kMost) return;
-  if (!std::getenv("POP_EMULATOR_QUIET")) {
-    std::string text = f.rule + ": " + f.message + "\n    " + place(f.spot);
-    if (!f.second_role.empty()) text += "\n    " + f.second_role + ": " + place(f.second);
-    std::fprintf(stderr, "pop emulator: %s\n", text.c_str());
-  }
+  if (!std::getenv("POP_EMULATOR_QUIET")) std::fprintf(stderr, "pop emulator: %s", finding_text(f).c_str());
   findings_.push_back(std::move(f));
+}
+
+std::string Findings::text() const {
+  const std::lock_guard lock(mutex_);
+  std::string out;
+  for (const Finding& f : findings_) out += finding_text(f);
+  return out;
 }
 
 void Findings::clear() {

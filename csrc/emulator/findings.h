@@ -35,6 +35,7 @@ class Findings {
   void clear();
   size_t size() const;
   std::string json() const;  // a list of objects
+  std::string text() const;
 
  private:
   mutable std::mutex mutex_;

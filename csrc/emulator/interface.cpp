@@ -1,6 +1,8 @@
 // The device's own C interface: raw PTX for pop_ext/emulator.py, figures for benchmarks, and errors for what is not
 // implemented.
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "checks.h"
@@ -152,3 +154,31 @@ POP_API void pop_emulator_clear() { Findings::instance().clear(), clear_counts()
 POP_API int pop_emulator_host_reads(const void* base, size_t bytes) {
   return host_reads(base, bytes, "the host") ? cudaSuccess : cudaErrorInvalidValue;
 }
+
+// Launches through the runtime on another stream are findings, until this is called with on = 0.
+POP_API void pop_emulator_expect_stream(int on, void* stream) {
+  Runtime& r = Runtime::instance();
+  r.expected_stream = static_cast<cudaStream_t>(stream);
+  r.expects_stream = on != 0;
+}
+
+namespace {
+
+// POP_EMULATOR_REPORT: a file for findings and counts when the program ends; JSON, or text with the annotated PTX.
+struct Reporter {
+  ~Reporter() {
+    const char* path = std::getenv("POP_EMULATOR_REPORT");
+    if (!path || !*path) return;
+    const std::string name = path, temporary = name + ".part";
+    FILE* file = std::fopen(temporary.c_str(), "w");
+    if (!file) return std::perror(("pop emulator: POP_EMULATOR_REPORT " + name).c_str());
+    const std::string text = name.ends_with(".json") ? "{\"findings\": " + Findings::instance().json() +
+                                                           ",\n\"launches\": " + counts_json() + "}\n"
+                                                     : Findings::instance().text() + counts_text(true);
+    const bool written = std::fwrite(text.data(), 1, text.size(), file) == text.size();
+    if (std::fclose(file) != 0 || !written || std::rename(temporary.c_str(), path) != 0)
+      std::perror(("pop emulator: POP_EMULATOR_REPORT " + name).c_str());
+  }
+} reporter;
+
+}  // namespace

@@ -8,10 +8,11 @@
 namespace pop::emulator {
 
 const char* class_name(Class c) {
-  static constexpr const char* kNames[] = {
-      "integer",     "float",        "double",       "half",  "conversion", "move",        "predicate", "control",
-      "global_load", "global_store", "shared_load",  "shared_store", "local", "parameter", "atomic",    "async_copy",
-      "async_wait",  "matrix",       "tensor",       "barrier", "fence",    "warp",        "other"};
+  static constexpr const char* kNames[] = {"integer",     "float",        "double",  "half",        "conversion",
+                                           "move",        "predicate",    "control", "global_load", "global_store",
+                                           "shared_load", "shared_store", "local",   "parameter",   "atomic",
+                                           "async_copy",  "async_wait",   "matrix",  "tensor",      "barrier",
+                                           "fence",       "warp",         "other"};
   return kNames[static_cast<int>(c)];
 }
 
@@ -28,7 +29,9 @@ std::vector<Type> types_of(const Statement& s) {
   return types;
 }
 
-bool integral(Type t) { return is_integer(t) || t == Type::kB8 || t == Type::kB16 || t == Type::kB32 || t == Type::kB64; }
+bool integral(Type t) {
+  return is_integer(t) || t == Type::kB8 || t == Type::kB16 || t == Type::kB32 || t == Type::kB64;
+}
 
 Class class_of(const Statement& s, const std::vector<Type>& types, Space space) {
   const std::string& op = s.opcode;
@@ -41,9 +44,10 @@ Class class_of(const Statement& s, const std::vector<Type>& types, Space space) 
     return load ? Class::kGlobalLoad : Class::kGlobalStore;
   }
   if (op == "atom" || op == "red") return Class::kAtomic;
-  if (op == "cp") return s.modifiers.size() > 1 && (has(s, "commit_group") || has(s, "wait_group") || has(s, "wait_all"))
-                             ? Class::kAsyncWait
-                             : Class::kAsyncCopy;
+  if (op == "cp")
+    return s.modifiers.size() > 1 && (has(s, "commit_group") || has(s, "wait_group") || has(s, "wait_all"))
+               ? Class::kAsyncWait
+               : Class::kAsyncCopy;
   if (op == "mma" || op == "wmma") return Class::kTensor;
   if (op == "ldmatrix" || op == "stmatrix" || op == "movmatrix") return Class::kMatrix;
   if (op == "bar" || op == "barrier") return Class::kBarrier;
@@ -94,9 +98,9 @@ void Decoder::describe_look() {
       out.push_back(slot_of(o));
   };
   static constexpr std::string_view kNoDestination[] = {
-      "st",   "red",    "stmatrix", "cp",       "bra",       "brx",           "ret",     "exit",       "call", "membar",
-      "fence", "prefetch", "prefetchu", "trap", "brkpt",     "nanosleep", "discard", "applypriority", "pmevent", "setmaxnreg",
-      "griddepcontrol"};
+      "st",      "red",           "stmatrix", "cp",         "bra",           "brx",  "ret",   "exit",
+      "call",    "membar",        "fence",    "prefetch",   "prefetchu",     "trap", "brkpt", "nanosleep",
+      "discard", "applypriority", "pmevent",  "setmaxnreg", "griddepcontrol"};
   const bool barrier = op == "bar" || op == "barrier";
   const bool writes = std::find(std::begin(kNoDestination), std::end(kNoDestination), op) == std::end(kNoDestination) &&
                       !(barrier && !has(s, "red"));
@@ -124,13 +128,16 @@ void Decoder::describe_look() {
     look.flow = Flow::kCompare, look.decides_zero = has(s, "and");
     look.compare_slot = look.sources[2].slot, look.compare_negated = s.operands.back().negated;
   }
-  if (op == "prmt" && s.operands.size() == 4 && s.operands[3].kind == Operand::Kind::kInteger && s.modifiers.size() == 1)
+  if (op == "prmt" && s.operands.size() == 4 && s.operands[3].kind == Operand::Kind::kInteger &&
+      s.modifiers.size() == 1)
     look.flow = Flow::kPermute, look.groups = static_cast<int64_t>(s.operands[3].bits);
   if (op == "shfl") look.flow = Flow::kShuffle;
-  if (op == "vote" || op == "match" || op == "redux" || op == "elect" || barrier) look.flow = writes ? Flow::kAcross : Flow::kNone;
+  if (op == "vote" || op == "match" || op == "redux" || op == "elect" || barrier)
+    look.flow = writes ? Flow::kAcross : Flow::kNone;
   if (op == "activemask" || op == "createpolicy") look.flow = Flow::kFine;
   if (op == "cvt" && types.size() == 2 && integral(types[0]) && integral(types[1]) && !has(s, "sat"))
-    look.flow = Flow::kExtend, look.sign = is_signed(types[1]), look.element = static_cast<uint8_t>(type_bytes(types[1]));
+    look.flow = Flow::kExtend, look.sign = is_signed(types[1]),
+    look.element = static_cast<uint8_t>(type_bytes(types[1]));
   look.control = op == "bra" || op == "brx" || op == "call" || barrier || op == "ret" || op == "exit";
   look.aligned = has(s, "aligned") || (op == "bar" && !has(s, "warp"));
 
@@ -211,7 +218,9 @@ void Decoder::describe_look() {
     for (const std::string& m : s.modifiers) {
       int mm, nn, kk;
       if (std::sscanf(m.c_str(), "m%dn%dk%d", &mm, &nn, &kk) == 3)
-        look.operations = uint64_t{2} * static_cast<uint64_t>(mm) * static_cast<uint64_t>(nn) * static_cast<uint64_t>(kk), look.m = mm;
+        look.operations =
+            uint64_t{2} * static_cast<uint64_t>(mm) * static_cast<uint64_t>(nn) * static_cast<uint64_t>(kk),
+        look.m = mm;
     }
     const auto count = [](const Operand& o) {
       return o.kind == Operand::Kind::kVector ? static_cast<int>(o.elements.size()) : 1;

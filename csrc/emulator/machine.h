@@ -155,7 +155,7 @@ struct Kernel {
   uint32_t static_shared = 0;
   uint32_t local_bytes = 0;  // per thread, for everything it calls
   bool recursive = false;
-  bool reserved_shared = false;  // uses the kilobyte of shared memory that the system keeps for itself
+  bool reserved_shared = false;            // uses the kilobyte of shared memory that the system keeps for itself
   uint32_t instructions = 0;               // of all codes
   std::vector<const Code*> ordered_codes;  // by first_id
   int registers = 32;
@@ -170,7 +170,7 @@ struct Frame {
   const Call* call = nullptr;
   uint32_t return_pc = 0;
   uint32_t local_base = 0;
-  uint32_t lanes = 0;  // still inside
+  uint32_t lanes = 0;          // still inside
   uint32_t* shadow = nullptr;  // which values were never written (checks.cpp)
 };
 
@@ -210,7 +210,7 @@ struct Warp {
   uint64_t issued = 0;  // warp instructions so far: also its clock
   Block* block = nullptr;
   const Instruction* current = nullptr;
-  Frame* frame = nullptr;  // current
+  Frame* frame = nullptr;    // current
   WarpLook* look = nullptr;  // where launches are looked at (checks.h)
 
   // What the scheduler uses.

@@ -82,7 +82,7 @@ struct Block {
   template <bool kLooks>
   void run_fragment(Warp& w, Fragment f);
   Warp* choose_warp();
-  
+
   void fill_presets(Warp& w, Frame& frame);
   Frame* make_frame(Warp& w, const Code& code);
   Join* make_join(Warp& w, Frame* frame, uint32_t pc, uint32_t expected, uint32_t arrived, Join* parent);
@@ -471,7 +471,8 @@ void Block::complete(Barrier& b) {
   std::vector<Waiting> waiting = std::move(b.waiting);
   const Barrier done{b.arrived, b.expected, b.population, b.all, b.any, {}};
   b = Barrier{};
-  const ClockRef clock = grid->looks ? grid->looks->complete(look, static_cast<uint32_t>(&b - barriers.data())) : nullptr;
+  const ClockRef clock =
+      grid->looks ? grid->looks->complete(look, static_cast<uint32_t>(&b - barriers.data())) : nullptr;
   for (const Waiting& entry : waiting) {
     if (clock) grid->looks->pass(*entry.warp, entry.fragment.mask, clock);
     const Instruction& i = *entry.instruction;
@@ -507,8 +508,7 @@ void Block::barrier(Warp& w, const Instruction& i, Fragment f, uint32_t active) 
       throw KernelFault{kIllegalInstruction, "a barrier's thread count must be a multiple of the warp size"};
     b.expected = count;
   }
-  if (grid->looks)
-    grid->looks->arrive(w, i, f.frame->code->looks[f.pc], id, b.expected, active);
+  if (grid->looks) grid->looks->arrive(w, i, f.frame->code->looks[f.pc], id, b.expected, active);
   const uint32_t p = w.predicate(i.slots[3]);
   // Counts are in whole warps: the last warp of an uneven block counts as a full one.
   b.arrived += b.expected && active == w.live ? kLanes : static_cast<uint32_t>(std::popcount(active));
@@ -724,8 +724,10 @@ void Block::run_fragment(Warp& w, Fragment f) {
           std::memcpy(local + callee->caller->local_base + call.results[k].to, local + callee->local_base + from,
                       std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes));
           if constexpr (kLooks)
-            grid->looks->copy_local(w, static_cast<uint32_t>(std::countr_zero(m)), callee->caller->local_base + call.results[k].to,
-                                    callee->local_base + from, static_cast<uint32_t>(std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes)));
+            grid->looks->copy_local(
+                w, static_cast<uint32_t>(std::countr_zero(m)), callee->caller->local_base + call.results[k].to,
+                callee->local_base + from,
+                static_cast<uint32_t>(std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes)));
         }
       }
       pc = callee->return_pc;
@@ -873,10 +875,10 @@ void Block::run_fragment(Warp& w, Fragment f) {
           grid->looks->new_frame(w, *next, mask);
           for (uint32_t m = mask; m; m &= m - 1)
             for (size_t k = 0; k < call.arguments.size(); ++k)
-              grid->looks->copy_local(w, static_cast<uint32_t>(std::countr_zero(m)),
-                                      next->local_base + callee->local_offsets.at(formals[k]),
-                                      frame->local_base + call.arguments[k].from,
-                                      static_cast<uint32_t>(std::min<uint64_t>(call.arguments[k].bytes, formals[k]->bytes)));
+              grid->looks->copy_local(
+                  w, static_cast<uint32_t>(std::countr_zero(m)),
+                  next->local_base + callee->local_offsets.at(formals[k]), frame->local_base + call.arguments[k].from,
+                  static_cast<uint32_t>(std::min<uint64_t>(call.arguments[k].bytes, formals[k]->bytes)));
         }
         enter(next);
         join_at(join);
@@ -999,8 +1001,7 @@ bool Block::run() {
 // The finding names a thread that waits, and where.
 void Block::report_deadlock(const std::string& message) const {
   for (const Barrier& b : barriers)
-    for (const Waiting& entry : b.waiting)
-      return grid->looks->deadlock(message, *entry.warp, entry.fragment);
+    for (const Waiting& entry : b.waiting) return grid->looks->deadlock(message, *entry.warp, entry.fragment);
   for (const auto& w : warps)
     for (const auto* list : {&w->parked})
       for (const Fragment& f : *list) return grid->looks->deadlock(message, *w, f);
