@@ -171,13 +171,14 @@ struct Reporter {
     if (!path || !*path) return;
     const std::string name = path, temporary = name + ".part";
     FILE* file = std::fopen(temporary.c_str(), "w");
-    if (!file) return std::perror(("pop emulator: POP_EMULATOR_REPORT " + name).c_str());
+    const auto failed = [&] { std::perror(("pop emulator: POP_EMULATOR_REPORT " + name).c_str()); };
+    if (!file) return failed();
     const std::string text = name.ends_with(".json") ? "{\"findings\": " + Findings::instance().json() +
                                                            ",\n\"launches\": " + counts_json() + "}\n"
                                                      : Findings::instance().text() + counts_text(true);
     const bool written = std::fwrite(text.data(), 1, text.size(), file) == text.size();
     if (std::fclose(file) != 0 || !written || std::rename(temporary.c_str(), path) != 0)
-      std::perror(("pop emulator: POP_EMULATOR_REPORT " + name).c_str());
+      failed();
   }
 } reporter;
 

@@ -161,3 +161,110 @@ def test_right_twins_are_without_a_finding(name):
     for schedule in SCHEDULES:
         found = CASES[name].run(CASES[name].right, schedule)[0]
         assert not found, (schedule, found)
+
+
+# Wrong results that break no rule: a body, and the one it should have been.
+TILE = "ld.global.f32 %f1, [%x1]; st.shared.f32 [%s1], %f1; bar.sync 0;"
+WRONG = {
+    "swizzle": ("xor.b32 %r1, %s1, 8; ld.shared.f32 %f1, [%r1];", "ld.shared.f32 %f1, [%s1];"),
+    "stale_buffer": ("ld.shared.f32 %f1, [%s1]; bar.sync 0; ld.global.f32 %f2, [%x1+256]; st.shared.f32 [%s1+256], %f2; bar.sync 0; ld.shared.f32 %f2, [%s1]; add.f32 %f1, %f1, %f2;", "ld.shared.f32 %f1, [%s1]; bar.sync 0; ld.global.f32 %f2, [%x1+256]; st.shared.f32 [%s1+256], %f2; bar.sync 0; ld.shared.f32 %f2, [%s1+256]; add.f32 %f1, %f1, %f2;"),
+    "dropped_scale": ("ld.shared.f32 %f1, [%s1];", "ld.shared.f32 %f1, [%s1]; mul.f32 %f1, %f1, 0f3F000000;"),
+    "neighbour": ("sub.u32 %r1, 63, %t; shl.b32 %r1, %r1, 2; add.u32 %r1, %r1, %s0; ld.shared.f32 %f1, [%r1];", "ld.shared.f32 %f1, [%s1];"),
+    "sign": ("ld.shared.f32 %f1, [%s1]; sub.f32 %f1, 0f3F800000, %f1;", "ld.shared.f32 %f1, [%s1]; add.f32 %f1, 0f3F800000, %f1;"),
+    "one_step_too_few": ("mov.f32 %f1, 0f00000000; mov.u32 %r1, 0; LOOP: ld.shared.f32 %f2, [%s1]; add.f32 %f1, %f1, %f2; add.u32 %r1, %r1, 1; setp.lt.u32 %q1, %r1, 3; @%q1 bra LOOP;", "mov.f32 %f1, 0f00000000; mov.u32 %r1, 0; LOOP: ld.shared.f32 %f2, [%s1]; add.f32 %f1, %f1, %f2; add.u32 %r1, %r1, 1; setp.lt.u32 %q1, %r1, 4; @%q1 bra LOOP;"),
+    "wrong_lane": ("ld.shared.b32 %r1, [%s1]; shfl.sync.bfly.b32 %r1, %r1, 2, 31, -1; mov.b32 %f1, %r1;", "ld.shared.b32 %r1, [%s1]; shfl.sync.bfly.b32 %r1, %r1, 1, 31, -1; mov.b32 %f1, %r1;"),
+    "maximum_for_sum": ("ld.shared.f32 %f1, [%s1]; max.f32 %f1, %f1, 0f40000000;", "ld.shared.f32 %f1, [%s1]; add.f32 %f1, %f1, 0f40000000;"),
+    "transposed": ("and.b32 %r1, %t, 7; shl.b32 %r1, %r1, 3; shr.u32 %r2, %t, 3; add.u32 %r1, %r1, %r2; shl.b32 %r1, %r1, 2; add.u32 %r1, %r1, %s0; ld.shared.f32 %f1, [%r1];", "ld.shared.f32 %f1, [%s1];"),
+    "overwritten_result": ("ld.shared.f32 %f1, [%s1]; st.global.f32 [%x2], %f1; ld.shared.f32 %f1, [%s0];", "ld.shared.f32 %f1, [%s1];"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_results_are_no_findings(name):
+    wrong, right = (Case(name, "", "", TILE + body + STORE) for body in WRONG[name])
+    for schedule in (SCHEDULES[0], SCHEDULES[1], SCHEDULES[21]):
+        found, got, _ = wrong.run(wrong.right, schedule)
+        also_found, expected, _ = right.run(right.right, schedule)
+        assert not found and not also_found
+        assert not torch.equal(got[:64], expected[:64])
+
+
+def test_unknown_and_freed_memory():
+    text = Case("", "", "", "ld.global.f32 %f1, [%x1];" + STORE).right
+    source, flags = torch.zeros(256), torch.zeros(64, dtype=torch.int32)
+    out = emulator.empty(256, torch.float32)
+    emulator.load(text)["k"](1, 64, 0, source, out, flags)
+    assert [f.rule for f in emulator.findings()] == ["out-of-bounds"]
+    emulator.clear()
+    freed = emulator.empty(256, torch.float32, name="freed")
+    address = np.uint64(freed.data_ptr())
+    del freed
+    gc.collect()
+    emulator.load(text)["k"](1, 64, 0, address, out, flags)
+    (found,) = emulator.findings()
+    assert found.rule == "use-after-free" and "'freed'" in found.message and found.count == 1
+
+
+def test_overlapping_registrations_are_one_region():
+    cache = torch.zeros(2, 2, 64)  # interleaved key and value caches: each extent leaves out part of the other
+    keys, values = cache[:, 0], cache[:, 1]
+    text = Case("", "", "", "ld.global.f32 %f1, [%x1]; ld.global.f32 %f1, [%x1+768];" + STORE).right
+    out = emulator.empty(256, torch.float32)
+    with emulator.registered(keys, values):
+        emulator.load(text)["k"](1, 64, 0, cache, out, out)
+        assert not emulator.findings()
+    emulator.clear()
+    with emulator.registered(keys):
+        emulator.load(text)["k"](1, 64, 0, cache, out, out)
+        (found,) = emulator.findings()  # the last 64 belong to the values
+        assert found.rule == "out-of-bounds"
+
+
+def test_never_written_output():
+    case = Case("", "", "", "setp.lt.u32 %q1, %t, 63; @%q1 st.global.u32 [%x2], %t;")
+    found, _, out = case.run(case.right)
+    assert not found
+    assert emulator.host_reads(out[:63]) and not emulator.host_reads(out[:64])
+    assert [f.rule for f in emulator.findings()] == ["uninitialized-copy"]
+    emulator.register(out)  # the host writes it
+    emulator.unregister(out)
+    assert emulator.host_reads(out)
+
+
+def test_findings_name_everything():
+    case = CASES["missing_barrier"]
+    finding = case.run(case.broken)[0][0]
+    assert (finding.kernel, finding.line, finding.space, finding.second_role) == ("k", case.line, "shared", "written at")
+    assert finding.text == "ld.shared.f32 %f1, [%r1]" and finding.second.text == "st.shared.u32 [%s1], %t"
+    assert finding.block == (0, 0, 0) and abs(finding.thread[0] - finding.second.thread[0]) == 32
+    case = CASES["row_beyond"]
+    finding = case.run(case.broken)[0][0]
+    assert finding.thread == (63, 0, 0) and "0 bytes after" in finding.message and finding.allocation
+
+
+def test_a_schedule_repeats():
+    case = CASES["missing_barrier"]
+    for schedule in (("random", 7), ("adversarial", 7)):
+        assert case.run(case.broken, schedule)[0] == case.run(case.broken, schedule)[0]
+
+
+def test_settings_are_checked():
+    for call in (lambda: emulator.checks("bounds"), lambda: emulator.schedule("fair")):
+        with pytest.raises(ValueError, match="expected"):
+            call()
+
+
+@pytest.mark.parametrize("check", ["memory", "init", "race", "barrier"])
+def test_each_check_alone(check):
+    rules = {
+        "memory": {"out-of-bounds", "misaligned"},
+        "init": {"uninitialized"},
+        "race": {"race", "async-race", "async-pending"},
+        "barrier": {"divergent-barrier", "divergent-aligned", "warp-mask", "mismatched-barrier", "deadlock"},
+    }
+    for case in CASES.values():
+        if case.rule in ("deadlock", "mismatched-barrier") or (check != "memory" and case.rule in rules["memory"]):
+            continue  # without the check these fail as on hardware
+        emulator.checks(check)
+        found = case.run(case.broken)[0]
+        assert {f.rule for f in found} == ({case.rule} if case.rule in rules[check] else set()), case.name
