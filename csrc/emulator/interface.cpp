@@ -172,7 +172,10 @@ struct Reporter {
     const std::string name = path, temporary = name + ".part";
     FILE* file = std::fopen(temporary.c_str(), "w");
     const auto failed = [&] { std::perror(("pop emulator: POP_EMULATOR_REPORT " + name).c_str()); };
-    if (!file) return failed();
+    if (!file) {
+      failed();
+      return;
+    }
     const std::string text = name.ends_with(".json") ? "{\"findings\": " + Findings::instance().json() +
                                                            ",\n\"launches\": " + counts_json() + "}\n"
                                                      : Findings::instance().text() + counts_text(true);
