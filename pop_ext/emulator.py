@@ -189,7 +189,9 @@ def _cuda_operations() -> ctypes.CDLL:
 
 
 class _Operations:
-    """`torch.ops.pop` with its CUDA kernels on this device: takes CPU tensors, as the device's memory is the host's."""
+    """`torch.ops.pop` with its CUDA kernels on this device: takes CPU tensors, as the device's memory is the host's,
+    which are known memory for the time of the call, as is the output.
+    """
 
     def __getattr__(self, name: str):
         import torch
@@ -200,7 +202,12 @@ class _Operations:
 
         @functools.wraps(operation)
         def call(*args, **kwargs):
-            return operation.redispatch(keys, *args, **kwargs)
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.numel()]
+            with registered(*tensors):
+                output = operation.redispatch(keys, *args, **kwargs)
+                if output is not None and output.numel():
+                    unregister(output)
+            return output
 
         return call
 
