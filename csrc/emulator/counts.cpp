@@ -346,7 +346,11 @@ void LaunchCounts::finish() {
     for (Loop& loop : find_loops(*code)) {
       for (size_t& k : loop.body) k += start;
       loop.header += start, loop.back += start;
-      loop.trips = record.lines[loop.back].counter.issued - record.lines[loop.back].counter.off;
+      for (const size_t k : loop.body)
+        if (k >= loop.header && !record.lines[k].text.empty()) {
+          loop.trips = record.lines[k].counter.issued;
+          break;
+        }
       record.loops.push_back(std::move(loop));
     }
   }

@@ -180,8 +180,7 @@ struct Reporter {
                                                            ",\n\"launches\": " + counts_json() + "}\n"
                                                      : Findings::instance().text() + counts_text(true);
     const bool written = std::fwrite(text.data(), 1, text.size(), file) == text.size();
-    if (std::fclose(file) != 0 || !written || std::rename(temporary.c_str(), path) != 0)
-      failed();
+    if (std::fclose(file) != 0 || !written || std::rename(temporary.c_str(), path) != 0) failed();
   }
 } reporter;
 

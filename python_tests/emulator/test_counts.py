@@ -127,7 +127,7 @@ def test_guards_divergence_and_loops():
     assert (guarded["issued"], guarded["off"], guarded["lanes"]) == (4, 2, 16)
     assert (row(launch, "mov.u32 %r2")["issued"], row(launch, "mov.u32 %r2")["off"]) == (4, 4)
     outer, inner = sorted(launch["loops"], key=lambda loop: loop["depth"])
-    assert (outer["trips"], inner["trips"]) == (4 * 2, 4 * 3 * 4)
+    assert (outer["trips"], inner["trips"]) == (4 * 3, 4 * 3 * 5)
     assert (outer["depth"], inner["depth"]) == (1, 2) and inner["issued"] == 4 * 3 * 5 * 3
     assert launch["classes"]["control"]["issued"] == 4 * (1 + 3 + 15)
 
