@@ -56,7 +56,11 @@ def test_global_sectors(name):
     counted = row(launch, "ld.global")
     assert (counted["requests"], counted["sectors"], counted["bytes"]) == (1, sectors, distinct)
     (allocation,) = launch["allocations"]
-    assert (allocation["sectors"], allocation["read_bytes"], allocation["distinct_read"]) == (sectors, distinct, distinct)
+    assert (allocation["sectors"], allocation["read_bytes"], allocation["distinct_read"]) == (
+        sectors,
+        distinct,
+        distinct,
+    )
 
 
 # Bytes between lanes, type: groups of lanes, wavefronts.
@@ -88,9 +92,15 @@ def test_shared_wavefronts(name):
 @pytest.mark.parametrize("matrices", [1, 2, 4])
 def test_matrix_rows(pitch, wavefronts, matrices):
     registers = "{" + ", ".join(f"%r{k + 1}" for k in range(matrices)) + "}"
-    launch = count(f"mad.lo.u32 %s1, %t, {pitch}, %s0; ldmatrix.sync.aligned.m8n8.x{matrices}.shared.b16 {registers}, [%s1];")
+    launch = count(
+        f"mad.lo.u32 %s1, %t, {pitch}, %s0; ldmatrix.sync.aligned.m8n8.x{matrices}.shared.b16 {registers}, [%s1];"
+    )
     counted = row(launch, "ldmatrix")
-    assert (counted["shared_requests"], counted["groups"], counted["wavefronts"]) == (1, matrices, matrices * wavefronts)
+    assert (counted["shared_requests"], counted["groups"], counted["wavefronts"]) == (
+        1,
+        matrices,
+        matrices * wavefronts,
+    )
 
 
 def test_asynchronous_copies():
@@ -142,7 +152,11 @@ def test_counts_do_not_depend_on_the_schedule():
         "ld.global.u32 %r2, [%x1]; st.shared.u32 [%s1], %r2; bra DONE; ODD: st.shared.u32 [%s1], %t; DONE: bar.sync 0; ld.shared.u32 %r3, [%s1]; red.global.add.u32 [%x0], %r3;"
     )
     results = []
-    for schedule in [("roundrobin", 0), *(("random", seed) for seed in range(5)), *(("adversarial", seed) for seed in range(5))]:
+    for schedule in [
+        ("roundrobin", 0),
+        *(("random", seed) for seed in range(5)),
+        *(("adversarial", seed) for seed in range(5)),
+    ]:
         emulator.schedule(*schedule)
         launch = count(body, grid=5, block=96)
         results.append({key: value for key, value in launch.items() if key not in ("launch", "allocations")})
