@@ -83,7 +83,7 @@ def pydoc_text() -> str:
 
 def default_text(model, tokens: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None):
     """Text to calibrate on where none is given: a third of Python's help, in pieces spread over all of it, and two
-    thirds of the model's own samples. Measured on prose and code against halves of each, and better on both.
+    thirds of the model's own samples.
     """
     _, pydoc = encode(model.tokenizer, pydoc_text())
     count, piece = max(1, tokens // 3 // PIECE), min(PIECE, len(pydoc))
