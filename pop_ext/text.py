@@ -32,6 +32,9 @@ def _umask() -> int:
     return mask
 
 
+PIECE = 512  # tokens of Python's help that stay together in the default text
+
+
 def read_text(path: str | Path) -> str:
     """A file's text; ValueError if it is not UTF-8."""
     try:
@@ -79,9 +82,14 @@ def pydoc_text() -> str:
 
 
 def default_text(model, tokens: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None):
-    """Text to calibrate on where none is given: half of Python's help, half of the model's own samples."""
+    """Text to calibrate on where none is given: a third of Python's help, in pieces spread over all of it, and two
+    thirds of the model's own samples.
+    """
     _, pydoc = encode(model.tokenizer, pydoc_text())
-    return model.tokenizer.decode(pydoc[: tokens // 2]) + "\n\n" + sampled_text(model, tokens // 2, seed, progress)
+    count, piece = max(1, tokens // 3 // PIECE), min(PIECE, len(pydoc))
+    starts = [i * (len(pydoc) - piece) // count for i in range(count)]
+    pieces = [model.tokenizer.decode(pydoc[start : start + piece]) for start in starts]
+    return "\n\n".join([*pieces, sampled_text(model, tokens - count * piece, seed, progress)])
 
 
 def load_tokenizer(path: str | Path):
