@@ -10,6 +10,7 @@ from .ops import build_info, cpu_isa, cpu_isas, set_cpu_isa
 # for it.
 _LAZY = {
     "CacheFullError": "kv_cache",
+    "CalibrationError": "calibration",
     "CheckpointError": "checkpoint",
     "Model": "model",
     "StageTimes": "model",
@@ -18,6 +19,7 @@ _LAZY = {
 
 __all__ = [
     "CacheFullError",
+    "CalibrationError",
     "CheckpointError",
     "Model",
     "StageTimes",

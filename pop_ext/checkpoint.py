@@ -327,7 +327,7 @@ class _Tensors:
         self.files = {}  # tensor name -> (path, open file)
         self.stored = {}  # tensor name -> its name in the file
         for path, names in _weight_files(folder):
-            file = _open(path)
+            file = open_safetensors(path)
             found = set(file.keys())
             if names is not None and found != names:
                 which = f"has {_some(found - names)}" if found - names else f"lacks {_some(names - found)}"
@@ -419,7 +419,7 @@ def _weight_files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
         yield _file(folder, shard), names
 
 
-def _open(path: Path):
+def open_safetensors(path: Path):
     """safe_open, which checks that the header is sound and agrees with the file's size, after a look at its length."""
     try:
         with path.open("rb") as file:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 app = typer.Typer(
@@ -22,6 +24,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Planted(str, Enum):
+    retrieval = "retrieval"
+    copying = "copying"
 
 
 class DType(str, Enum):
@@ -117,6 +124,7 @@ def generate(
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache may hold.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="File of `pop calibrate` with this depth.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
     """Answer or continue a prompt.
@@ -126,24 +134,17 @@ def generate(
     depth = parse_depth(prefill_depth)
     text = read_prompt(prompt, prompt_file)
 
-    with stderr.status(f"loading {model}"):
-        import torch
-        import transformers
+    loaded = load_model(
+        model,
+        dtype,
+        prefill_depth=depth,
+        boundary_tokens=boundary_tokens,
+        anchor_tokens=anchor_tokens,
+        max_tokens=max_tokens,
+        calibration=calibration,
+    )
+    import transformers
 
-        import pop_ext
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        loaded = pop_ext.load(
-            model,
-            prefill_depth=depth,
-            boundary_tokens=boundary_tokens,
-            anchor_tokens=anchor_tokens,
-            dtype=getattr(torch, dtype.value),
-            max_tokens=max_tokens,
-        )
-    if loaded.tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer: text cannot be turned into tokens")
     if chat is None:
         chat = bool(loaded.tokenizer.chat_template)
 
@@ -170,6 +171,300 @@ def generate(
         print(json.dumps(result))
     else:
         stderr.print(describe_times(output.times, output.prompt_tokens[0]), style="dim", markup=False)
+
+
+def load_model(model: str, dtype: DType, **settings):
+    """A model with a tokenizer, for a command."""
+    with stderr.status(f"loading {model}"):
+        import torch
+        import transformers
+
+        import pop_ext
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        loaded = pop_ext.load(model, dtype=getattr(torch, dtype.value), **settings)
+    if loaded.tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer: text cannot be turned into tokens")
+    return loaded
+
+
+@contextmanager
+def progress_bar(description: str):
+    """Yields a function (done, total) that moves a bar on a terminal, and does nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task(description, total=None)
+
+        def report(done: int, total: int, note: str = "") -> None:
+            progress.update(task, completed=done, total=total, description=f"{description} {note}".strip())
+
+        yield report
+
+
+def read_texts(files: list[Path]) -> str:
+    from pop_ext.text import read_text
+
+    return "\n\n".join(read_text(file) for file in files)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Before any work: every folder that is to be written to is there."""
+    for path in filter(None, paths):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: expected a file name in a folder that exists")
+
+
+Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")]
+Text = Annotated[list[Path], typer.Option("--text", help="File of UTF-8 text; may be given several times.")]
+Depths = Annotated[
+    list[str], typer.Option("--prefill-depth", help="Layers (12) or their share (0.7); may be given several times.")
+]
+Boundary = Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")]
+Anchor = Annotated[int, typer.Option(help="First tokens that run through all layers.")]
+Prompts = Annotated[int, typer.Option(min=1, help="Prompts, evenly spread over the text.")]
+Continuation = Annotated[int, typer.Option(min=1, help="Tokens after each prompt.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Plot = Annotated[Path | None, typer.Option(help="Also draw a plot: a .png, .svg or .pdf file.")]
+
+
+@app.command()
+@one_line_errors()
+def importance(
+    model: Model,
+    text: Text,
+    prompts: Prompts = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 384,
+    continuation_tokens: Continuation = 64,
+    boundary_tokens: Boundary = 1,
+    anchor_tokens: Anchor = 1,
+    branches: Annotated[bool, typer.Option("--branches", help="A gate for each attention and each MLP.")] = False,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of labels for each prompt.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    budget: Annotated[float, typer.Option(min=0, help="KL in nats a token that the suggested depth may cost.")] = 0.05,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measure every layer's importance for prefill and for decode, and suggest a prefill depth.
+
+    Virtual gates, on any causal language model of transformers. The suggested depth is the smallest whose measured KL
+    (own weights) is within the budget.
+    """
+    check_outputs(output, plot)
+    source = read_texts(text)
+    with stderr.status(f"loading {model}"):
+        import transformers
+
+        from pop_ext import importance as gates
+        from pop_ext import text as texts
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        loaded = gates.load_transformers(model)
+        tokenizer = texts.load_tokenizer(model)
+    windows = texts.windows(tokenizer, source, prompt_tokens + continuation_tokens, prompts)
+    stage = {"boundary_tokens": boundary_tokens, "anchor_tokens": anchor_tokens}
+    with progress_bar("importance") as report:
+        result = gates.measure(
+            loaded, windows, prompt_tokens, **stage, branches=branches, draws=draws, batch_size=batch_size, seed=seed,
+            progress=report,
+        )  # fmt: skip
+    layers = len(result.values)
+    with progress_bar("depth") as report:
+        visited = []
+
+        def kl_at(depth: int) -> float:
+            report(len(visited), layers.bit_length() + 2, f"{depth}")
+            visited.append(depth)
+            return gates.truncation_kl(loaded, windows, prompt_tokens, depth, **stage)
+
+        depth, measured = gates.suggest_depth(layers, budget, kl_at)
+    sums = gates.gate_sums(result)
+    summary = {
+        "model": str(model),
+        "prompts": len(windows),
+        "prompt_tokens": prompt_tokens,
+        "continuation_tokens": continuation_tokens,
+        "draws": draws,
+        "seed": seed,
+        "importance": gates.to_json(result),
+        "budget": budget,
+        "suggested_depth": depth,
+        "depths": [
+            {"prefill_depth": p, "kl": kl, "gate_sum_per_token": sums[p] / continuation_tokens}
+            for p, kl in measured.items()
+        ],
+    }
+    if plot:
+        gates.plot(result, plot, Path(model).name)
+    if output:
+        texts.write_whole(output, lambda temporary: Path(temporary).write_text(json.dumps(summary, indent=1) + "\n"))
+    if as_json:
+        print(json.dumps(summary))
+        return
+    table = Table(
+        title=f"{Path(model).name}: nats per continuation of {continuation_tokens} tokens", title_justify="left"
+    )
+    table.add_column("layer", justify="right")
+    columns = [(stage, branch) for stage in gates.STAGES for branch in (gates.BRANCHES if branches else (None,))]
+    for stage_name, branch in columns:
+        table.add_column(f"{stage_name} {branch or ''}".strip(), justify="right")
+    rows = {(r["layer"], r["stage"], r.get("branch")): r for r in summary["importance"]}
+    for layer in range(layers):
+        cells = [rows[(layer, *column)] for column in columns]
+        table.add_row(str(layer), *(f"{c['importance']:.4f} ± {c['standard_error'] or 0:.4f}" for c in cells))
+    Console().print(table)
+    table = Table("prefill depth", "KL, nats a token", "gate sum, nats a token")
+    for row in summary["depths"]:
+        table.add_row(str(row["prefill_depth"]), f"{row['kl']:.4f}", f"{row['gate_sum_per_token']:.4f}")
+    Console().print(table)
+    Console().print(f"Within {budget} nats a token: prefill depth {depth} of {layers}.", highlight=False)
+
+
+@app.command()
+@one_line_errors()
+def calibrate(
+    model: Model,
+    prefill_depth: Depths,
+    output: Annotated[Path, typer.Option(help="The calibration file to write.")],
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", help="File of UTF-8 text; by default text that needs no file.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use at most.")] = 50_000,
+    refine: Annotated[int, typer.Option(min=0, help="Gradient steps that follow the closed form.")] = 0,
+    seed: Seed = 0,
+    dtype: Annotated[DType, typer.Option(help="Data type of the model.")] = DType.bfloat16,
+    as_json: Json = False,
+) -> None:
+    """Fit the projections of the skipped layers to what the full model computes, for one or several prefill depths.
+
+    The file goes to `--calibration` of the other commands, and to `pop_ext.load`.
+    """
+    check_outputs(output)
+    depths = [parse_depth(depth) for depth in prefill_depth]
+    source = read_texts(text) if text else None
+    loaded = load_model(model, dtype)
+    from pop_ext import calibration as calibrations
+    from pop_ext import text as texts
+
+    depths = [loaded.layers_kept(depth) for depth in depths]
+    start = time.perf_counter()
+    if source is None:
+        with progress_bar("sampling text") as report:
+            source = texts.default_text(loaded, tokens, seed, report)
+    sampled = time.perf_counter()
+    length = min(calibrations.WINDOW, loaded.spec.max_position_embeddings)
+    windows = texts.windows(loaded.tokenizer, source, length)[: max(2, tokens // length)]
+    with progress_bar("calibrating") as report:
+        result = calibrations.calibrate(loaded, windows, depths, progress=report)
+    result.provenance |= {
+        "text": [str(file.name) for file in text] if text else ["default"],
+        "sampling_seconds": sampled - start,
+        "seconds": time.perf_counter() - sampled,
+    }
+    if refine:
+        from pop_ext import refinement
+
+        with progress_bar("refining") as report:
+            refinement.refine(loaded, result, windows, refine, state=output, seed=seed, progress=report)
+    result.save(output)
+    if as_json:
+        print(json.dumps(result.provenance))
+        return
+    table = Table("prefill depth", "layer", "error before", "after", title=f"{output}", title_justify="left")
+    for depth, entry in result.provenance["depths"].items():
+        for layer, before in entry["error_before"].items():
+            table.add_row(depth, layer, f"{before:.4f}", f"{entry['error_after'][layer]:.4f}")
+    Console().print(table)
+
+
+@app.command()
+@one_line_errors()
+def evaluate(
+    model: Model,
+    text: Text,
+    prefill_depth: Depths = ["0.67"],  # noqa: B006
+    calibration: Annotated[Path | None, typer.Option(help="File of `pop calibrate`.")] = None,
+    prompts: Prompts = 32,
+    prompt_tokens: Annotated[
+        list[int], typer.Option(min=2, help="Tokens of each prompt; may be given several times.")
+    ] = [384],  # noqa: B006
+    continuation_tokens: Continuation = 64,
+    planted: Annotated[
+        Planted | None, typer.Option(help="Plant something in the prompts that the continuations ask for.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this method; may be given several times. By default all.")
+    ] = None,
+    boundary_tokens: Boundary = 1,
+    anchor_tokens: Anchor = 1,
+    seed: Seed = 0,
+    dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Compare next-token distributions after truncated prompts with the full model's, and prefill times.
+
+    Beside POP: the last layers removed from both stages, ShortGPT's and Gromov's choice of layers removed from both,
+    and SPEED without its training.
+    """
+    check_outputs(plot)
+    source = read_texts(text)
+    loaded = load_model(
+        model, dtype, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, calibration=calibration
+    )
+    from pop_ext import evaluation
+    from pop_ext import text as texts
+
+    depths = sorted({loaded.layers_kept(parse_depth(depth)) for depth in prefill_depth})
+    rows, results = [], []
+    for length in prompt_tokens:
+        if planted:
+            filler = texts.windows(loaded.tokenizer, source, length, prompts)
+            pairs = evaluation.planted(planted.value, filler, loaded.tokenizer, seed)
+        else:
+            windows = texts.windows(loaded.tokenizer, source, length + continuation_tokens, prompts)
+            pairs = [w[:length] for w in windows], [w[length:] for w in windows]
+        with progress_bar(f"evaluating, {length} prompt tokens") as report:
+            results = evaluation.evaluate(
+                loaded, *pairs, depths, method or evaluation.METHODS, seed=seed, progress=report
+            )
+        rows += [{**row, "prompt_tokens": length} for row in evaluation.to_json(results)]
+        if not as_json:
+            what = f"{planted.value}, " if planted else ""
+            Console().print(evaluation_table(results, f"{Path(model).name}, {what}{length} prompt tokens", planted))
+    if plot:
+        evaluation.plot(results, plot, f"{Path(model).name}, {prompt_tokens[-1]} prompt tokens")
+    if as_json:
+        print(json.dumps(rows))
+
+
+def evaluation_table(results, title: str, planted) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("depth", "method", "perplexity", "KL, nats a token", "above the best", "top-1", "first-token KL"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    if planted:
+        table.add_column("all exact", justify="right")
+    table.add_column("prefill", justify="right")
+    for r in results:
+        low, high = r.excess_interval
+        # a difference that its interval does not separate from nothing is none
+        excess = "" if r.method == "full" else f"{low:.3f} to {high:.3f}" if low > 0 else "best" if high == 0 else "no"
+        table.add_row(
+            str(r.prefill_depth),
+            r.method,
+            f"{r.perplexity:.2f}",
+            f"{r.kl:.4f} ({r.kl_interval[0]:.4f} to {r.kl_interval[1]:.4f})",
+            excess,
+            f"{r.top1_agreement:.1%}",
+            f"{r.first_token_kl:.4f}",
+            *([f"{r.exact_answers:.0%}"] if planted else []),
+            f"{r.prefill_seconds:.3f} s",
+        )
+    return table
 
 
 @app.command()

@@ -8,6 +8,7 @@ the keys and values that were projected for the others. So one function, `Model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import AutoTokenizer, GenerationConfig
 
+from .calibration import Calibration
 from .checkpoint import CheckpointError, load_config, load_weights, resolve_folder
 from .families import ModelSpec
 from .generation import GenerationMixin
@@ -122,22 +124,27 @@ class Model(GenerationMixin):
         anchor_tokens: int,
         dtype: torch.dtype,
         max_tokens: int | None,
+        calibration: str | Path | None = None,
     ):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
         if max_tokens is not None:
             _check_count("max_tokens", max_tokens, 1)
+        self.folder = folder
         self.config = load_config(folder)
         self.spec = ModelSpec.from_config(self.config)
         self.prefill_depth = prefill_depth
         self.boundary_tokens, self.anchor_tokens, self.chunk_tokens = boundary_tokens, anchor_tokens, 2048
         self._check_settings()
+        self.calibration = None if calibration is None else Calibration.load(calibration, self.spec, dtype)
         self.layers_kept(prefill_depth)
         self.dtype, self.device = dtype, torch.device("cpu")
         self.max_tokens = max_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_TOKENS)
         self.weights = load_weights(folder, self.spec, dtype)
         self.rope = RotaryEmbedding(self.config)
         self.rope_index = torch.tensor(self.spec.rope_index, dtype=torch.int32)
+        if self.calibration is not None:
+            self.calibration.check(self)
         self.k_norms = torch.stack([layer.k_norm for layer in self.weights.layers]) if self.spec.qk_norm else None
         self.tokenizer = _load_tokenizer(folder)
         self.vision = Vision(folder, self.config, self.spec, dtype) if self.spec.vision_type else None
@@ -174,10 +181,27 @@ class Model(GenerationMixin):
         if isinstance(depth, float):
             if not 0 < depth <= 1:
                 raise ValueError(f"prefill_depth is {depth}, expected a share of the layers in (0, 1]")
-            return max(1, int(depth * layers + 0.5))
+            depth = max(1, int(depth * layers + 0.5))
         if not 1 <= depth <= layers:
             raise ValueError(f"prefill_depth is {depth}, expected 1 to {layers} layers (or a float, a share of them)")
+        if self.calibration is not None and depth < layers - 1:  # at the last layer's input nothing needs projecting
+            self.calibration.projection(depth)
         return depth
+
+    def fingerprint(self) -> str:
+        """Identifies the weights, in whatever dtype they were loaded: a SHA-256 over the spec and a sample of every
+        tensor.
+        """
+        weights = self.weights
+        tables = [{"embedding": weights.embedding, "final_norm": weights.final_norm, "lm_head": weights.lm_head}]
+        digest = hashlib.sha256(repr(self.spec).encode())
+        for table in tables + [vars(layer) for layer in weights.layers]:
+            for name, tensor in sorted(table.items()):
+                if tensor is not None:
+                    values = tensor.flatten()
+                    sample = values[:: max(1, len(values) // 4096)].bfloat16()
+                    digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
 
     # Prefill and decode
 
@@ -223,8 +247,8 @@ class Model(GenerationMixin):
         """Teacher-forced logits: for each pair, the [c, vocabulary] float32 logits that predict its c continuation
         tokens.
 
-        Prompts, with `visuals` as in `prefill`, are prefilled by POP at `prefill_depth`; continuations are decoded at
-        full depth.
+        Prompts, with `visuals` as in `prefill`, are prefilled by POP at `prefill_depth`, one that follows its equal not
+        again; continuations are decoded at full depth.
         """
         depth = self.layers_kept(prefill_depth)
         _check_token_lists("prompts", prompts, self.spec.vocab_size)
@@ -232,23 +256,54 @@ class Model(GenerationMixin):
         if len(prompts) != len(continuations):
             raise ValueError(f"continuations has {len(continuations)} entries, expected one per prompt, {len(prompts)}")
         visuals = _check_visuals(visuals, prompts, self.spec, depth)
-        results = []
-        for prompt, continuation, images in zip(prompts, continuations, visuals, strict=True):
-            if not len(continuation):
-                results.append(torch.empty(0, self.spec.vocab_size))
-                continue
-            sequence = self.new_sequence()
-            try:
-                rows = [self._turn([sequence], [list(prompt)], "prompts", depth, StageTimes(), [images])]
+        results, sequence, before = [], None, None
+        try:
+            for prompt, continuation, images in zip(prompts, continuations, visuals, strict=True):
+                if not len(continuation):
+                    results.append(torch.empty(0, self.spec.vocab_size))
+                    continue
+                if sequence is None or images or (prompt, []) != before:
+                    if sequence is not None:
+                        self.free(sequence)
+                    sequence, before = self.new_sequence(), (prompt, images)
+                    first = self._turn([sequence], [list(prompt)], "prompts", depth, StageTimes(), [images])
+                rows = [first]
                 if len(continuation) > 1:
                     forced = [list(continuation[:-1])]
                     rows.append(
                         self._turn([sequence], forced, "continuations", depth, StageTimes(), deep=True, all_logits=True)
                     )
+                    del sequence.token_ids[
+                        len(prompt) :
+                    ]  # back to the prompt; what follows in the cache is overwritten
+                    sequence.num_cached = len(prompt)
                 results.append(torch.cat(rows))
-            finally:
+        finally:
+            if sequence is not None:
                 self.free(sequence)
         return results
+
+    @torch.no_grad()
+    def hidden_states(self, prompts: list[list[int]]) -> Iterator[Tensor]:
+        """The hidden states [T, D] of all tokens of `prompts`, one prompt after the other, at full depth: before each
+        layer, and after the last, L + 1 in turn. Each prompt is a conversation of its own, and forgotten.
+        """
+        sequences = [self.new_sequence() for _ in prompts]
+        self._check_prompts(sequences, prompts, "prompts")
+        try:
+            self.cache.grow(sequences, [len(prompt) for prompt in prompts])
+            runs = [(sequence, 0, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
+            batch = Batch(runs, self.rope)
+            hidden = embedding(torch.tensor([token for prompt in prompts for token in prompt]), self.weights.embedding)
+            if self.spec.embedding_scale != 1:
+                hidden *= self.spec.embedding_scale
+            for layer in range(self.spec.num_layers):
+                yield hidden
+                hidden = self._layer(layer, hidden, batch)
+            yield hidden
+        finally:
+            for sequence in sequences:
+                self.free(sequence)
 
     def _turn(
         self,
@@ -297,7 +352,7 @@ class Model(GenerationMixin):
     def _forward(self, pieces: list[Piece], depth: int, times: StageTimes) -> Tensor:
         """One pass over the tokens of `pieces`; returns the logits wanted of them, [rows, vocabulary] float32."""
         clock = time.perf_counter()
-        spec, weights, cache = self.spec, self.weights, self.cache
+        spec, weights = self.spec, self.weights
         depth = min(depth, spec.num_layers - 1)  # exact: shallow tokens need the last layer's keys and values only
         token_ids = [token for p in pieces for token in p.sequence.token_ids[p.start : p.end]]
         deep_runs = [(p, start, end) for p in pieces for start, end in p.deep_runs()]
@@ -322,19 +377,7 @@ class Model(GenerationMixin):
                 [torch.arange(start, end) + (offsets[id(p)] - p.start) for p, start, end in deep_runs]
                 or [torch.empty(0).long()]
             )
-            pop.project_kv(
-                hidden,
-                weights.projection[depth:],
-                None if weights.projection_bias is None else weights.projection_bias[depth:],
-                None if self.k_norms is None else self.k_norms[depth:],
-                spec.rms_norm_eps,
-                batch.cos,
-                batch.sin,
-                self.rope_index[depth:],
-                batch.slots.index_fill(0, deep, -1),
-                cache.keys[depth:],
-                cache.values[depth:],
-            )
+            self._project(depth, hidden, batch, batch.slots.index_fill(0, deep, -1))
             clock = times.add("projection", clock)
             if not deep_runs:
                 return torch.empty(0, spec.vocab_size)
@@ -352,6 +395,24 @@ class Model(GenerationMixin):
         times.add("boundary", clock)
         return logits
 
+    def _project(self, depth: int, hidden: Tensor, batch: Batch, slots: Tensor) -> None:
+        """Keys and values of the layers from `depth` up, projected from hidden [T, D], to the cache."""
+        weights = self.weights
+        own = self.calibration is None or depth == self.spec.num_layers - 1  # whose input is exact
+        pop.project_kv(
+            hidden,
+            weights.projection[depth:] if own else self.calibration.projection(depth),
+            None if weights.projection_bias is None else weights.projection_bias[depth:],
+            None if self.k_norms is None else self.k_norms[depth:],
+            self.spec.rms_norm_eps,
+            batch.cos,
+            batch.sin,
+            self.rope_index[depth:],
+            slots,
+            self.cache.keys[depth:],
+            self.cache.values[depth:],
+        )
+
     def _layer(self, index: int, hidden: Tensor, batch: Batch) -> Tensor:
         """hidden [T, D] before layer `index` -> after it; the tokens' keys and values go to the cache."""
         spec, w = self.spec, self.weights.layers[index]
@@ -360,19 +421,7 @@ class Model(GenerationMixin):
         keys, values = self.cache.layers[index]
         x = pop.rms_norm(hidden, w.input_norm, eps)
         query = pop.qkv_project(x, w.qkv, w.qkv_bias, w.q_norm, w.k_norm, eps, cos, sin, batch.slots, keys, values)
-        x = pop.attention(
-            query,
-            keys,
-            values,
-            batch.block_tables,
-            batch.query_starts,
-            batch.context_lens,
-            batch.max_query_len,
-            batch.max_context_len,
-            spec.attention_scale,
-            spec.windows[index],
-            batch.spans,
-        ).flatten(1)
+        x = self._attention(index, query, batch).flatten(1)
         if spec.sandwich_norms:
             hidden = pop.rms_norm(pop.linear(x, w.output, w.output_bias), w.post_attention_norm, eps, hidden)
             x = pop.gated_linear(pop.rms_norm(hidden, w.mlp_norm, eps), w.gate_up, spec.activation)
@@ -380,6 +429,21 @@ class Model(GenerationMixin):
         hidden = pop.linear(x, w.output, w.output_bias, hidden)
         x = pop.gated_linear(pop.rms_norm(hidden, w.mlp_norm, eps), w.gate_up, spec.activation)
         return pop.linear(x, w.down, None, hidden)
+
+    def _attention(self, index: int, query: Tensor, batch: Batch) -> Tensor:
+        """query [T, Hq, E] -> what it attends to in the cache of layer `index`, [T, Hq, E]."""
+        return pop.attention(
+            query,
+            *self.cache.layers[index],
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            batch.max_query_len,
+            batch.max_context_len,
+            self.spec.attention_scale,
+            self.spec.windows[index],
+            batch.spans,
+        )
 
     def _check_settings(self) -> None:
         """The attributes that may be set at any time."""
@@ -521,6 +585,7 @@ def load(
     anchor_tokens: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     max_tokens: int | None = None,
+    calibration: str | Path | None = None,
 ) -> Model:
     """Loads a checkpoint folder, or a Hugging Face hub id, for POP.
 
@@ -530,5 +595,6 @@ def load(
     sequence's first.
     dtype: torch.bfloat16 or torch.float32. max_tokens: capacity of the key/value cache over all conversations, by
     default the model's context or 32,768, whichever is less.
+    calibration: a file of `pop calibrate`, made for this model and every depth below L - 1 that is asked for.
     """
-    return Model(resolve_folder(path), prefill_depth, boundary_tokens, anchor_tokens, dtype, max_tokens)
+    return Model(resolve_folder(path), prefill_depth, boundary_tokens, anchor_tokens, dtype, max_tokens, calibration)

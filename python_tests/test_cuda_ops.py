@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from test_ops import (
     BATCH,
     EPS,
+    UNIT,
     Draw,
     attention_inputs,
     check_attention,
@@ -39,7 +40,6 @@ import pop_ext.ops
 from pop_ext import emulator
 
 BOUND = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
-UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 C = 0.05  # c for one multiplication
 HEAD_SIZES = [32, 64, 128, 256]
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -1,0 +1,249 @@
+"""Calibrated projections: keys and values of the skipped layers, fitted to those that the full model computes.
+
+For a prefill depth P every prompt token has one vector `x = h[P] / rms(h[P])`, from which each skipped layer l makes
+its keys and values. The layer's own weights expect h[l]. Ridge regression finds the `W_l` [D, 2 Hkv E] that come
+closest to the keys and values of h[l], before K-norm, RoPE and bias, pulled towards the own weights `W0`:
+
+    W = W0 + (X^T X + lambda I)^-1 X^T (Y - X W0)
+
+X^T X and X^T Y add up over a stream of text in float64, and are all that is kept of it. Layer P's input is exact, so
+its own weights stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .checkpoint import open_safetensors
+from .kv_cache import BLOCK_SIZE
+from .text import write_whole
+
+FORMAT = "pop-calibration-1"
+PENALTIES = tuple(10.0**-k for k in range(1, 9))  # relative to the mean of the diagonal of X^T X
+HELD_OUT = 8  # every eighth window chooses the penalty and measures the errors
+WINDOW = 512  # tokens
+BATCH = 4  # windows of one forward pass
+
+
+class CalibrationError(ValueError):
+    """A calibration file is damaged, of another model, or without the depth asked for."""
+
+
+@dataclass
+class Calibration:
+    """Projections of one model for some prefill depths.
+
+    projections: prefill depth P -> [L - P, 2 Hkv E, D], the input norm's gain folded in, as `project_kv` takes them.
+    provenance: fingerprint of the model, tokens, window and, by depth, penalty and errors.
+    """
+
+    projections: dict[int, Tensor]
+    provenance: dict
+
+    @property
+    def depths(self) -> list[int]:
+        return sorted(self.projections)
+
+    def projection(self, depth: int) -> Tensor:
+        """[L - P, 2 Hkv E, D] of a prefill depth; CalibrationError if it is none of these."""
+        if depth not in self.projections:
+            depths = ", ".join(map(str, self.depths))
+            raise CalibrationError(f"prefill_depth is {depth} layers, but the calibration was made for {depths}")
+        return self.projections[depth]
+
+    def check(self, model) -> None:
+        """CalibrationError unless it was made for this model's weights."""
+        if self.provenance["fingerprint"] != model.fingerprint():
+            raise CalibrationError("the calibration was made for another model: its fingerprint differs")
+
+    def save(self, path: str | Path) -> None:
+        tensors = {f"projection.{depth}": tensor.contiguous() for depth, tensor in self.projections.items()}
+        metadata = {"format": FORMAT, "provenance": json.dumps(self.provenance)}
+        write_whole(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, spec, dtype: torch.dtype) -> Calibration:
+        """Reads a file for a model of `spec`, in `dtype`. CalibrationError says what is wrong with it."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such calibration file")
+        try:
+            with open_safetensors(path) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"not a calibration of this version ({FORMAT})")
+                provenance = json.loads(metadata["provenance"])
+                depths = [int(name.removeprefix("projection.")) for name in file.keys()]  # noqa: SIM118
+                tensors = {depth: file.get_tensor(f"projection.{depth}").to(dtype) for depth in depths}
+            for depth, tensor in tensors.items():
+                shape = (spec.num_layers - depth, 2 * spec.num_kv_heads * spec.head_dim, spec.hidden_size)
+                if tensor.shape != shape or not tensor.isfinite().all():
+                    raise ValueError(f"projection.{depth} is {list(tensor.shape)}, expected {list(shape)}, finite")
+            if not isinstance(provenance.get("fingerprint"), str):
+                raise ValueError("its provenance has no fingerprint")
+        except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            raise CalibrationError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from error
+        return cls(tensors, provenance)
+
+
+def normed(hidden: Tensor, eps: float) -> Tensor:
+    """hidden [T, D] -> x [T, D] float32 of root mean square 1."""
+    hidden = hidden.float()
+    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
+
+
+class Moments:
+    """X^T X, X^T Y and Y^T Y's diagonal of a stream, all in float64. X [n, D]; Y [n, out] for each of `layers`."""
+
+    def __init__(self, layers: range, inputs: int, outputs: int):
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.xy = {layer: torch.zeros(inputs, outputs, dtype=torch.float64) for layer in layers}
+        self.yy = {layer: torch.zeros(outputs, dtype=torch.float64) for layer in layers}
+        self.count = 0
+
+    def add_inputs(self, x: Tensor) -> None:
+        self.xx += x.T @ x
+        self.count += len(x)
+
+    def add_targets(self, layer: int, x: Tensor, y: Tensor) -> None:
+        self.xy[layer] += x.T @ y
+        self.yy[layer] += y.square().sum(0)
+
+    def __add__(self, other: Moments) -> Moments:
+        total = Moments(range(0), 0, 0)
+        total.xx, total.count = self.xx + other.xx, self.count + other.count
+        total.xy = {layer: self.xy[layer] + other.xy[layer] for layer in self.xy}
+        total.yy = {layer: self.yy[layer] + other.yy[layer] for layer in self.yy}
+        return total
+
+    def solve(self, layer: int, own: Tensor, penalty: float, spectrum: tuple[Tensor, Tensor]) -> Tensor:
+        """The ridge solution [D, out] float64 with `spectrum`, the eigenvalues and eigenvectors of X^T X: sound however
+        nearly singular that is, as a negative eigenvalue can only be rounding."""
+        values, vectors = spectrum
+        damped = values.clamp_min(0) + penalty * values.mean()
+        return own + vectors @ ((vectors.T @ (self.xy[layer] - self.xx @ own)) / damped[:, None])
+
+    def errors(self, layer: int, weight: Tensor) -> Tensor:
+        """The squared error of `weight` [D, out] in each output, summed over the stream: [out]."""
+        return (weight * (self.xx @ weight - 2 * self.xy[layer])).sum(0) + self.yy[layer]
+
+
+def split(windows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows to fit on, and those held out: every eighth, counted from the last."""
+    held_out = set(range(len(windows) - 1, -1, -HELD_OUT))
+    return (
+        [window for i, window in enumerate(windows) if i not in held_out],
+        [windows[i] for i in sorted(held_out)],
+    )
+
+
+def _targets(model, layer: int, x: Tensor) -> Tensor:
+    """What layer `layer` makes of its own normed input x [n, D]: [n, 2 Hkv E] float64. A K-norm discards the scale of
+    each token's key in each head, so there keys count with a root mean square of 1.
+    """
+    y = (x @ model.weights.projection[layer].float().T).double()
+    if model.spec.qk_norm:
+        keys = y[:, : y.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))
+        keys *= torch.rsqrt(keys.square().mean(-1, keepdim=True) + model.spec.rms_norm_eps)
+    return y
+
+
+def _own(model, layer: int, moments: Moments) -> Tensor:
+    """The layer's own weights [D, 2 Hkv E] float64; under a K-norm each head's keys at the scale that fits best."""
+    own = model.weights.projection[layer].double().T
+    if model.spec.qk_norm:
+        own = own.clone()
+        heads = own[:, : own.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))  # [D, Hkv, E], a view
+        wanted = moments.xy[layer][:, : own.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))
+        power = torch.einsum("dhe,dc,che->h", heads, moments.xx, heads)
+        scale = (heads * wanted).sum((0, 2)) / power.clamp_min(1e-300)
+        heads *= torch.where(scale > 0, scale, 1.0)[:, None]
+    return own
+
+
+@torch.no_grad()
+def calibrate(
+    model,
+    windows: list[list[int]],
+    depths: list[int],
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration:
+    """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens."""
+    spec = model.spec
+    for depth in depths:
+        if not 1 <= depth < spec.num_layers:
+            raise ValueError(
+                f"prefill_depth is {depth}, expected 1 to {spec.num_layers - 1}: the full model skips nothing"
+            )
+    if len(windows) < 2:
+        raise ValueError(f"the text has {len(windows)} windows, expected at least 2: one is held out")
+    depths = sorted(set(depths))
+    rows = 2 * spec.num_kv_heads * spec.head_dim
+    layers = {depth: range(depth + 1, spec.num_layers) for depth in depths}
+    fitted, held_out = ({depth: Moments(layers[depth], spec.hidden_size, rows) for depth in depths} for _ in range(2))
+    done = 0
+    size = max(1, min(BATCH, model.max_tokens // (max(map(len, windows)) + BLOCK_SIZE)))
+    for part, moments in zip(split(windows), (fitted, held_out), strict=True):
+        for start in range(0, len(part), size):
+            batch, inputs = part[start : start + size], {}
+            # Anchors have true keys and values, and unlike any other token's.
+            counted = torch.cat([torch.arange(len(window)) >= model.anchor_tokens for window in batch])
+            for layer, hidden in enumerate(model.hidden_states(batch)):
+                if layer == spec.num_layers:
+                    break
+                x = normed(hidden[counted], spec.rms_norm_eps)
+                targets = _targets(model, layer, x) if inputs else None
+                for depth, depth_x in inputs.items():
+                    moments[depth].add_targets(layer, depth_x, targets)
+                if layer in depths:
+                    inputs[layer] = x = x.double()
+                    moments[layer].add_inputs(x)
+            done += len(batch)
+            progress(done, len(windows))
+
+    projections, report = {}, {}
+    for depth in depths:
+        own = {layer: _own(model, layer, fitted[depth]) for layer in layers[depth]}
+        spectrum = torch.linalg.eigh(fitted[depth].xx)
+        weights = {
+            penalty: {layer: fitted[depth].solve(layer, own[layer], penalty, spectrum) for layer in layers[depth]}
+            for penalty in PENALTIES
+        }
+        power = {layer: held_out[depth].yy[layer].sum() for layer in layers[depth]}
+
+        def error(weights, depth=depth, power=power) -> dict[int, float]:
+            return {
+                layer: float(held_out[depth].errors(layer, weight).sum() / power[layer])
+                for layer, weight in weights.items()
+            }
+
+        errors = {penalty: error(weights[penalty]) for penalty in PENALTIES}
+        best = min(PENALTIES, key=lambda penalty: sum(errors[penalty].values()))
+        everything = fitted[depth] + held_out[depth]
+        spectrum = torch.linalg.eigh(everything.xx)
+        solved = [everything.solve(layer, own[layer], best, spectrum).T for layer in layers[depth]]
+        projections[depth] = torch.stack([model.weights.projection[depth].double(), *solved]).to(model.dtype)
+        report[str(depth)] = {
+            "penalty": best,
+            "error_before": error(own),
+            "error_after": errors[best],
+        }
+    return Calibration(
+        projections,
+        {
+            "fingerprint": model.fingerprint(),
+            "tokens": sum(map(len, windows)),
+            "windows": len(windows),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "depths": report,
+        },
+    )

@@ -1,0 +1,320 @@
+"""Fidelity: how far the next-token distributions after a truncated prompt are from the full model's, and at what time.
+
+POP is compared with what else makes a prompt cheaper without training: layers taken out of prefill and decode alike,
+and prompts whose tokens the deep layers do not see at all. All run on the same prompts and continuations.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
+
+from .kv_cache import BLOCK_SIZE, KVCache
+from .model import Batch, Model
+
+METHODS = ("full", "pop_own", "pop_calibrated", "last_layers_removed", "shortgpt", "gromov", "speed")
+RESAMPLES = 2000
+TIMED_PROMPTS = 8
+
+
+@dataclass
+class Fidelity:
+    """One method at one depth. KL divergences are from the full model, in nats a token, means over prompts."""
+
+    method: str
+    prefill_depth: int
+    perplexity: float  # of the continuations
+    kl: float
+    kl_interval: tuple[float, float]  # 95%, bootstrapped over prompts
+    top1_agreement: float  # share of continuation tokens whose likeliest token is the full model's
+    first_token_kl: float
+    prefill_seconds: float  # of one prompt, the median
+    exact_answers: float  # share of prompts after which every token of the continuation is the likeliest
+    # of the difference in KL to the lowest at this depth, bootstrapped over the same prompts; (0, 0) for that itself
+    excess_interval: tuple[float, float] = (0.0, 0.0)
+
+
+def without_layers(model: Model, removed: range | list[int]) -> Model:
+    """A model that shares `model`'s weights but lacks some layers for all tokens; positions are unchanged."""
+    kept = [index for index in range(model.spec.num_layers) if index not in removed]
+    spec, weights, variant = model.spec, model.weights, copy.copy(model)
+    variant.spec = replace(
+        spec,
+        num_layers=len(kept),
+        windows=tuple(spec.windows[index] for index in kept),
+        rope_index=tuple(spec.rope_index[index] for index in kept),
+    )
+    bias = weights.projection_bias
+    variant.weights = replace(
+        weights,
+        layers=[weights.layers[index] for index in kept],
+        projection=weights.projection[kept],
+        projection_bias=None if bias is None else bias[kept],
+    )
+    variant.rope_index = model.rope_index[kept]
+    variant.k_norms = None if model.k_norms is None else model.k_norms[kept]
+    variant.calibration, variant.prefill_depth = None, 1.0
+    variant.cache = KVCache(len(kept), spec.num_kv_heads, spec.head_dim, model.max_tokens, model.dtype)
+    return variant
+
+
+class DeepTokensOnly(Model):
+    """`model` with deep layers that see anchor, boundary and generated tokens only: nothing is projected (the inference
+    of SPEED, arXiv 2605.06105, on a model that was not trained for it). One conversation of one turn at a time.
+    """
+
+    def __init__(self, model: Model):
+        self.__dict__.update(vars(model), calibration=None)
+        self._hidden, self._depth = range(0), model.spec.num_layers  # positions that layers from _depth up do not see
+
+    def _turn(self, sequences, prompts, name, depth, times, *, deep=False, all_logits=False) -> Tensor:
+        if not deep:
+            (sequence,), (prompt,) = sequences, prompts
+            if sequence.token_ids:
+                raise ValueError("a second turn, expected a new conversation")
+            self._hidden = range(self.anchor_tokens, len(prompt) - self.boundary_tokens)
+            self._depth = min(depth, self.spec.num_layers - 1)
+        return super()._turn(sequences, prompts, name, depth, times, deep=deep, all_logits=all_logits)
+
+    def _project(self, depth, hidden, batch, slots) -> None:
+        pass
+
+    def _attention(self, index: int, query: Tensor, batch: Batch) -> Tensor:
+        if index < self._depth or not self._hidden:
+            return super()._attention(index, query, batch)
+        keys, values = (pool.flatten(0, 1) for pool in self.cache.layers[index])
+        window, results = self.spec.windows[index], []
+        for run, rows in enumerate(query.split(batch.query_starts.diff().tolist())):
+            end = int(batch.context_lens[run])
+            seen = torch.tensor([i for i in range(end) if i not in self._hidden])
+            slots = batch.block_tables[run, seen // BLOCK_SIZE].long() * BLOCK_SIZE + seen % BLOCK_SIZE
+            distance = torch.arange(end - len(rows), end)[:, None] - seen
+            mask = (distance >= 0) & (distance < (window or math.inf))
+            result = scaled_dot_product_attention(
+                *(x.transpose(0, 1)[None] for x in (rows, keys[slots], values[slots])),
+                attn_mask=mask,
+                scale=self.spec.attention_scale,
+                enable_gqa=True,
+            )
+            results.append(result[0].transpose(0, 1))
+        return torch.cat(results)
+
+
+def layer_similarity(model: Model, windows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """What the layer-removing methods choose by: the block influence [L] of every layer, `1 - E cos(h_l, h_l+1)`
+    (ShortGPT, arXiv 2403.03853), and the angular distance [L + 1, L + 1] from h_i to h_j at the windows' last tokens,
+    `arccos(cos(h_i, h_j)) / pi` (Gromov et al., arXiv 2403.17887), each the mean over `windows`.
+    """
+    influence, angles = 0.0, 0.0
+    for window in windows:
+        hidden = torch.stack([h.float() for h in model.hidden_states([window])])  # [L + 1, T, D]
+        influence += 1 - cosine_similarity(hidden[:-1], hidden[1:], dim=-1).mean(-1)
+        last = hidden[:, -1]
+        angles += cosine_similarity(last[:, None], last, dim=-1).clamp(-1, 1).arccos() / math.pi
+    return influence / len(windows), angles / len(windows)
+
+
+def variants(model: Model, depths: list[int], methods: list[str], prompts: list[list[int]]) -> list[tuple]:
+    """(method, depth, model, prefill depth to run it at) of every comparison that makes sense; the first is `full`."""
+    layers = model.spec.num_layers
+    own = copy.copy(model)
+    own.calibration = None
+    if {"shortgpt", "gromov"} & set(methods):
+        influence, angles = layer_similarity(own, prompts)
+    found = [("full", layers, own, layers)]
+    for depth in depths:
+        skipped = layers - depth
+        for method in methods:
+            if method == "pop_own":
+                found.append((method, depth, own, depth))
+            elif method == "pop_calibrated" and model.calibration is not None and depth in model.calibration.depths:
+                found.append((method, depth, model, depth))
+            elif method == "last_layers_removed":
+                found.append((method, depth, without_layers(own, range(depth, layers)), depth))
+            elif method == "shortgpt":
+                found.append((method, depth, without_layers(own, influence.argsort()[:skipped].tolist()), depth))
+            elif method == "gromov":
+                first = int(angles.diagonal(skipped).argmin())
+                found.append((method, depth, without_layers(own, range(first, first + skipped)), depth))
+            elif method == "speed":
+                found.append((method, depth, DeepTokensOnly(own), depth))
+    return found
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model,
+    prompts: list[list[int]],
+    continuations: list[list[int]],
+    depths: list[int],
+    methods: list[str] | tuple[str, ...] = METHODS,
+    *,
+    seed: int = 0,
+    progress=lambda done, total: None,
+) -> list[Fidelity]:
+    """Compares methods at prefill depths on the same prompts and continuations.
+
+    `pop_calibrated` needs a calibration in the model; `full` is always the first row. Intervals are percentiles of
+    2,000 paired bootstrap resamples of the prompts.
+    """
+    if not prompts or len(prompts) != len(continuations) or not all(continuations):
+        raise ValueError("prompts and continuations must be as many, at least one, and none of them empty")
+    if unknown := set(methods) - set(METHODS):
+        raise ValueError(f"methods has {', '.join(sorted(unknown))}, expected some of {', '.join(METHODS)}")
+    for depth in depths:
+        if not 1 <= depth < model.spec.num_layers:
+            raise ValueError(f"prefill_depth is {depth}, expected 1 to {model.spec.num_layers - 1}: {_what_full_is()}")
+    runs = variants(model, depths, methods, prompts)
+    timed = min(TIMED_PROMPTS, len(prompts))
+    total, done = len(prompts) * len(runs) + timed + 1, 0
+    # per run and prompt: KL of the first token, mean KL, mean negative log-likelihood, share of equal top tokens, and
+    # whether every token of the continuation is the likeliest
+    scores = np.zeros((len(runs), len(prompts), 5))
+    for i, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        target, full = torch.tensor(continuation), None
+        for run, (_, _, variant, depth) in enumerate(runs):
+            depth = min(depth, variant.spec.num_layers)
+            log_p = variant.logits([prompt], [continuation], prefill_depth=depth)[0].log_softmax(-1)
+            full = log_p if full is None else full
+            kl = (full.exp() * (full - log_p)).sum(-1)
+            top = log_p.argmax(-1)
+            nll = -log_p.gather(1, target[:, None]).mean()
+            agreement = (top == full.argmax(-1)).float().mean()
+            scores[run, i] = [float(x) for x in (kl[0], kl.mean(), nll, agreement, (top == target).all())]
+            done += 1
+            progress(done, total)
+
+    seconds = np.zeros((len(runs), timed + 1))
+    for i in range(
+        -1, timed
+    ):  # the first is a warm-up; every prompt passes all methods, so that they share the machine
+        for run, (_, _, variant, depth) in enumerate(runs):
+            seconds[run, i] = _time_prefill(variant, prompts[max(i, 0)], min(depth, variant.spec.num_layers))
+        done += 1
+        progress(done, total)
+
+    resamples = np.random.default_rng(seed).integers(len(prompts), size=(RESAMPLES, len(prompts)))
+    results = []
+    for run, (method, depth, _, _) in enumerate(runs):
+        first, kl, nll, agreement, exact = scores[run].mean(0)
+        # The nearest rival: the truncating method of lowest KL at this depth.
+        rivals = [other for other in range(1, len(runs)) if runs[other][1] == depth]
+        best = min(rivals, key=lambda other: scores[other, :, 1].mean(), default=run)
+        results.append(
+            Fidelity(
+                method,
+                depth,
+                math.exp(min(nll, 700.0)),
+                kl,
+                interval(scores[run, :, 1], resamples),
+                agreement,
+                first,
+                float(np.median(seconds[run, :timed])),
+                exact,
+                interval(scores[run, :, 1] - scores[best, :, 1], resamples),
+            )
+        )
+    return results
+
+
+def _what_full_is() -> str:
+    return "the full model is always compared with"
+
+
+def _time_prefill(model: Model, prompt: list[int], depth: int) -> float:
+    sequence = model.new_sequence()
+    try:
+        start = time.perf_counter()
+        model.prefill([sequence], [prompt], prefill_depth=depth)
+        return time.perf_counter() - start
+    finally:
+        model.free(sequence)
+
+
+def interval(values: np.ndarray, resamples: np.ndarray) -> tuple[float, float]:
+    """The 95% bootstrap interval of the mean of `values` [n]; resamples [R, n] are indices into it."""
+    low, high = np.percentile(values[resamples].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def planted(kind: str, filler: list[list[int]], tokenizer, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts that plant something in `filler` windows, and continuations that need it: kind "retrieval" states a
+    number for a name and asks for it at the end, "copying" gives a list of words once and starts it again.
+
+    Prompts keep the windows' length. ValueError if a window is too short.
+    """
+    if kind not in ("retrieval", "copying"):
+        raise ValueError(f"kind is {kind!r}, expected 'retrieval' or 'copying'")
+    generator = np.random.default_rng(seed)
+    prompts, continuations = [], []
+    for window in filler:
+        if kind == "retrieval":
+            name = " ".join(str(word) for word in generator.choice(WORDS, 2, replace=False))
+            number = str(generator.integers(10**5, 10**6))
+            fact, question, answer = (
+                f"\nThe number of {name} is {number}.\n",
+                f"\nThe number of {name} is",
+                f" {number}.",
+            )
+        else:
+            words = [str(word) for word in generator.choice(WORDS, 16, replace=False)]
+            fact, question, answer = (
+                f"\nThe list: {' '.join(words)}.\n",
+                f"\nAgain, the list: {' '.join(words[:4])}",
+                f" {' '.join(words[4:])}.",
+            )
+        fact, question, answer = (
+            tokenizer(text, add_special_tokens=False).input_ids for text in (fact, question, answer)
+        )
+        room = len(window) - len(fact) - len(question)
+        if room < 3:
+            raise ValueError(
+                f"prompts of {len(window)} tokens are too short, expected {len(window) + 3 - room} or more"
+            )
+        cut = int(generator.integers(1, room))
+        prompts.append(window[:cut] + fact + window[cut:room] + question)
+        continuations.append(answer)
+    return prompts, continuations
+
+
+WORDS = [
+    "amber", "anchor", "basin", "beacon", "birch", "bridge", "canyon", "cedar", "cliff", "cloud", "copper", "coral",
+    "cotton", "crystal", "delta", "desert", "eagle", "ember", "falcon", "feather", "fern", "forest", "fossil",
+    "garden", "glacier", "granite", "harbor", "hazel", "island", "ivory", "jasper", "kettle", "lantern", "lemon",
+    "maple", "marble", "meadow", "mirror", "moss", "mountain", "oasis", "olive", "orchard", "otter", "pebble",
+    "pepper", "pine", "planet", "prairie", "quartz", "raven", "ribbon", "river", "saddle", "saffron", "shadow",
+    "silver", "spruce", "summit", "thunder", "timber", "valley", "velvet", "violet", "walnut", "willow", "winter",
+]  # fmt: skip
+
+
+def to_json(results: list[Fidelity]) -> list[dict]:
+    return [asdict(result) for result in results]
+
+
+def plot(results: list[Fidelity], path: str | Path, title: str) -> None:
+    """KL against prefill time, both of a logarithmic scale, a curve per method; the format is the file name's."""
+    from .plotting import figure, save
+
+    fig, axes = figure()
+    full = results[0].prefill_seconds
+    for method in METHODS[1:]:
+        rows = sorted((r for r in results if r.method == method), key=lambda r: r.prefill_depth)
+        if rows:
+            kl = np.array([r.kl for r in rows])
+            error = np.abs(np.array([r.kl_interval for r in rows]).T - kl)
+            times = [r.prefill_seconds / full for r in rows]
+            axes.errorbar(times, kl, yerr=error, marker="o", capsize=3, label=method)
+            for row, x in zip(rows, times, strict=True):
+                axes.annotate(str(row.prefill_depth), (x, row.kl), xytext=(4, 4), textcoords="offset points", size=7)
+    axes.set(yscale="log", xlabel="prefill time, of the full model's", ylabel="KL from the full model, nats a token")
+    axes.set_title(title)
+    axes.legend()
+    save(fig, path)

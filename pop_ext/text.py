@@ -1,0 +1,132 @@
+"""Text for measuring and calibrating: files cut into windows of tokens, and text that needs no file.
+
+A window is a list of token ids that starts with the tokenizer's beginning-of-sequence token, where the tokenizer adds
+one: a model that was trained to see it first behaves differently without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_whole(path: Path, write) -> None:
+    """`write(temporary path)`, which then takes the place of `path`; nothing is left behind if it fails."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text; ValueError if it is not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def encode(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts in front of any text (one beginning-of-sequence token, or nothing), and the text's token
+    ids without it.
+    """
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer: text cannot be turned into tokens")
+    first = tokenizer("").input_ids[:1]
+    bos = first if first and first[0] == tokenizer.bos_token_id else []
+    return bos, tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def windows(tokenizer, text: str, length: int, count: int | None = None, name: str = "the text") -> list[list[int]]:
+    """Windows of `length` tokens that do not overlap: all that fit one after the other, or `count` evenly spread ones.
+
+    ValueError if the text is too short for them.
+    """
+    bos, tokens = encode(tokenizer, text)
+    step = length - len(bos)
+    if step < 1:
+        raise ValueError(f"windows of {length} tokens leave no room for text, expected at least {len(bos) + 1}")
+    room = len(tokens) // step
+    if room < (count or 1):
+        raise ValueError(
+            f"{name} has {len(tokens)} tokens, expected at least {step * (count or 1)} "
+            f"for {count or 1} window{'s' * ((count or 1) > 1)} of {length}"
+        )
+    if count is not None:
+        step = len(tokens) // count
+    return [bos + tokens[i * step : i * step + length - len(bos)] for i in range(count or room)]
+
+
+def pydoc_text() -> str:
+    """The topics of Python's help(): 400 kB of technical English and code that every Python ships with."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def default_text(model, tokens: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None):
+    """Text to calibrate on where none is given: half of Python's help, half of the model's own samples."""
+    _, pydoc = encode(model.tokenizer, pydoc_text())
+    return model.tokenizer.decode(pydoc[: tokens // 2]) + "\n\n" + sampled_text(model, tokens // 2, seed, progress)
+
+
+def load_tokenizer(path: str | Path):
+    """The tokenizer of a checkpoint; ValueError if it has none."""
+    from transformers import AutoTokenizer
+
+    from .checkpoint import resolve_folder
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_folder(path))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} has no tokenizer: text cannot be turned into tokens ({error})") from error
+
+
+def sampled_text(
+    model, tokens: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
+) -> str:
+    """About `tokens` tokens of text that the model writes itself at temperature 1, from nothing; cached on disk, as it
+    takes a while.
+    """
+    name = hashlib.sha256(f"{model.fingerprint()} {model.dtype} {tokens} {seed}".encode()).hexdigest()[:32]
+    path = cache_folder() / f"sampled-{name}.txt"
+    if path.exists():
+        return read_text(path)
+    tokenizer = model.tokenizer
+    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, *encode(tokenizer, "\n")[1], 0)
+    start = next(token for token in starts if token is not None)
+    length = min(512, model.spec.max_position_embeddings - 1)
+    rows = max(1, min(16, model.max_tokens // (length + 1)))
+    texts, done = [], 0
+    while done < tokens:
+        output = model.generate(
+            [[start]] * rows, prefill_depth=1.0, max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0,
+            top_p=1.0, seed=seed + len(texts),
+        )  # fmt: skip
+        texts += output.text
+        done += sum(map(len, output.tokens))
+        progress(min(done, tokens), tokens)
+    text = "\n\n".join(texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda temporary: Path(temporary).write_bytes(text.encode()))
+    return text
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pop_ext"

@@ -1,0 +1,324 @@
+"""Calibrated projections: the closed form against float64 and transformers, the file, and refinement."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from helpers import normwise, tiny_folder, transformers_model
+from test_cli import pop
+from test_generation import make_chat_folder
+
+import pop_ext
+from pop_ext import calibration, refinement
+
+
+def random_windows(count: int, length: int, seed: int = 0, vocabulary: int = 293) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (count, length), generator=generator).tolist()
+
+
+def mean_kl(model, windows, prompt: int, depth: int) -> float:
+    total = 0.0
+    for window in windows:
+        full, cut = (
+            model.logits([window[:prompt]], [window[prompt:]], prefill_depth=p)[0].log_softmax(-1) for p in (1.0, depth)
+        )
+        total += float((full.exp() * (full - cut)).sum(-1).mean())
+    return total / len(windows)
+
+
+def moments_of(layers, x, y):
+    moments = calibration.Moments(layers, x.shape[1], y.shape[1])
+    moments.add_inputs(x.double())
+    for layer in layers:
+        moments.add_targets(layer, x.double(), y.double())
+    return moments
+
+
+def test_closed_form_is_the_minimum():
+    """The gradient of the penalised error vanishes, and the error from moments is the error."""
+    torch.manual_seed(0)
+    x, y, own = torch.randn(200, 12), torch.randn(200, 6), torch.randn(12, 6).double()
+    moments = moments_of(range(3, 4), x, y)
+    for penalty in (1e-3, 1.0):
+        weight = moments.solve(3, own, penalty, torch.linalg.eigh(moments.xx)).requires_grad_()
+        scale = penalty * moments.xx.diagonal().mean()
+        loss = (x.double() @ weight - y.double()).square().sum() + scale * (weight - own).square().sum()
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert gradient.abs().max() < 1e-9 * scale
+        error = (x.double() @ weight.detach() - y.double()).square().sum(0)
+        torch.testing.assert_close(moments.errors(3, weight.detach()), error, rtol=1e-9, atol=1e-9)
+
+
+def test_sound_where_nothing_is_to_be_learned():
+    """Inputs of rank 2 in 12 dimensions: what they do not span stays at the own weights."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 2).double() @ torch.randn(2, 12).double()
+    own = torch.randn(12, 6).double()
+    moments = moments_of(range(1), x, torch.randn(50, 6))
+    weight = moments.solve(0, own, 1e-8, torch.linalg.eigh(moments.xx))
+    null = torch.linalg.svd(x)[2][2:]
+    assert weight.isfinite().all() and torch.allclose(null @ weight, null @ own, atol=1e-6)
+
+
+def reference_projection(folder, windows, depth: int, layer: int, penalty: float, anchors: int):
+    """The same ridge regression from transformers' hidden states, in float64 throughout: [out, D], with Y for x."""
+    model = transformers_model(folder, torch.float32)
+    attention, norm = model.model.layers[layer].self_attn, model.model.layers[layer].input_layernorm
+    own_norm_gain = norm.weight.double() + (1.0 if "gemma" in model.config.model_type else 0.0)
+    kv = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).double()
+    xs, ys = [], []
+    with torch.no_grad():
+        for window in windows:
+            states = model(input_ids=torch.tensor([window]), output_hidden_states=True).hidden_states
+            h, target = states[depth][0, anchors:].double(), states[layer][0, anchors:].double()
+            eps = model.config.rms_norm_eps
+            xs.append(h / (h.square().mean(-1, keepdim=True) + eps).sqrt())
+            ys.append(target / (target.square().mean(-1, keepdim=True) + eps).sqrt() * own_norm_gain @ kv.T)
+    x, y, own = torch.cat(xs), torch.cat(ys), (kv * own_norm_gain).T
+    gram = x.T @ x
+    damped = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return (own + torch.linalg.solve(damped, x.T @ (y - x @ own))).T
+
+
+def test_every_family_against_transformers(tiny):
+    """The projections of one layer; attention biases stay out of the targets, Gemma's norm gains in."""
+    model = pop_ext.load(tiny, dtype=torch.float32)
+    windows, depth = random_windows(9, 60), 2
+    result = calibration.calibrate(model, windows, [depth])
+    assert torch.equal(result.projection(depth)[0], model.weights.projection[depth])
+    layer = model.spec.num_layers - 1
+    # with a K-norm, keys are fitted up to the scale that it discards: values only
+    rows = slice(model.spec.num_kv_heads * model.spec.head_dim if model.spec.qk_norm else 0, None)
+    penalty = result.provenance["depths"][str(depth)]["penalty"]
+    expected = reference_projection(tiny, windows, depth, layer, penalty, anchors=1)
+    assert normwise(result.projection(depth)[layer - depth][rows], expected[rows]) < 2e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_calibration_lowers_kl_on_other_text(name, tmp_path_factory, tmp_path):
+    folder = tiny_folder(name, tmp_path_factory)
+    model = pop_ext.load(folder, dtype=torch.float32)
+    depth = model.spec.num_layers - 2
+    result = calibration.calibrate(model, random_windows(40, 100), [depth])
+    entry = result.provenance["depths"][str(depth)]
+    assert sum(entry["error_after"].values()) < sum(entry["error_before"].values())
+    test = random_windows(6, 60, seed=9)
+    before = mean_kl(model, test, 40, depth)
+    result.save(tmp_path / "c.safetensors")
+    model = pop_ext.load(folder, dtype=torch.float32, prefill_depth=depth, calibration=tmp_path / "c.safetensors")
+    assert mean_kl(model, test, 40, depth) < 0.85 * before
+
+
+def test_several_depths_are_what_each_is_alone(tiny_llama):
+    model = pop_ext.load(tiny_llama, dtype=torch.float32)
+    windows = random_windows(10, 50)
+    both, one = (calibration.calibrate(model, windows, depths) for depths in ([4, 2], [2]))
+    assert both.depths == [2, 4] and torch.equal(both.projection(2), one.projection(2))
+
+
+def test_full_depth_ignores_the_calibration(tiny_llama, tmp_path):
+    model = pop_ext.load(tiny_llama, dtype=torch.float32)
+    calibration.calibrate(model, random_windows(4, 50), [2]).save(tmp_path / "c.safetensors")
+    calibrated = pop_ext.load(tiny_llama, dtype=torch.float32, calibration=tmp_path / "c.safetensors")
+    (window,) = random_windows(1, 40)
+    for depth in (1.0, 5):
+        assert torch.equal(
+            model.logits([window[:30]], [window[30:]], prefill_depth=depth)[0],
+            calibrated.logits([window[:30]], [window[30:]], prefill_depth=depth)[0],
+        )
+    assert not torch.allclose(
+        model.logits([window[:30]], [window[30:]], prefill_depth=2)[0],
+        calibrated.logits([window[:30]], [window[30:]], prefill_depth=2)[0],
+    )
+
+
+def test_fingerprint_is_of_the_weights(tiny_llama, tmp_path_factory):
+    first, second = (pop_ext.load(tiny_llama, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert first.fingerprint() == second.fingerprint()
+    first.weights.layers[3].down = first.weights.layers[3].down * 1.01
+    assert first.fingerprint() != second.fingerprint()
+
+
+def test_refused_files(tiny_llama, tmp_path_factory, tmp_path):
+    model = pop_ext.load(tiny_llama, dtype=torch.float32)
+    result = calibration.calibrate(model, random_windows(4, 50), [2])
+    path = tmp_path / "c.safetensors"
+    result.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+    with pytest.raises(pop_ext.CalibrationError, match="prefill_depth is 3 layers, but the calibration was made for 2"):
+        pop_ext.load(tiny_llama, prefill_depth=3, calibration=path)
+    loaded = pop_ext.load(tiny_llama, prefill_depth=2, calibration=path)
+    with pytest.raises(pop_ext.CalibrationError, match="made for 2"):
+        loaded.generate([[1, 2, 3]], prefill_depth=0.5, max_new_tokens=1)
+    with pytest.raises(pop_ext.CalibrationError, match=r"projection.2 is"):
+        pop_ext.load(tiny_folder("mistral_full", tmp_path_factory), calibration=path)
+    result.provenance["fingerprint"] = "of another"
+    result.save(path)
+    with pytest.raises(pop_ext.CalibrationError, match="another model"):
+        pop_ext.load(tiny_llama, calibration=path)
+    data = path.read_bytes()
+    for size in (0, 4, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"c\.safetensors"):
+            pop_ext.load(tiny_llama, calibration=path)
+    with pytest.raises(pop_ext.CalibrationError, match="not a calibration"):
+        pop_ext.load(tiny_llama, calibration=tiny_llama / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="no such calibration"):
+        pop_ext.load(tiny_llama, calibration=tmp_path / "none")
+
+
+def test_bad_arguments(tiny_llama):
+    model = pop_ext.load(tiny_llama, dtype=torch.float32)
+    for depth in (0, 6):
+        with pytest.raises(ValueError, match=f"prefill_depth is {depth}, expected 1 to 5"):
+            calibration.calibrate(model, random_windows(4, 50), [depth])
+    with pytest.raises(ValueError, match="at least 2"):
+        calibration.calibrate(model, random_windows(1, 50), [2])
+
+
+# Refinement
+
+
+@pytest.mark.parametrize("boundary, anchors", [(1, 1), (3, 0), (2, 4)])
+def test_one_pass_over_blocks_is_the_runner(tiny, boundary, anchors):
+    """Every token of a block has the logits that a prompt of the earlier blocks and its continuation gives."""
+    model = pop_ext.load(tiny, dtype=torch.float32, boundary_tokens=boundary, anchor_tokens=anchors)
+    (window,), depth = random_windows(1, 60), 2
+    before = list(model.hidden_states([window]))[depth]
+    starts = torch.arange(60) // 25 * 25
+    deep = refinement.DeepLayers(model, depth)
+    with torch.no_grad():
+        logits = deep.logits(deep(before[None], model.weights.projection[depth:], starts)[0])
+    for start in (25, 50):
+        prompt, end = start + boundary, min(start + 25, 60)
+        expected = model.logits([window[:prompt]], [window[prompt:end]], prefill_depth=depth)[0]
+        assert normwise(logits[prompt - 1 : end - 1], expected) < 1e-5
+
+
+def test_divergence_and_its_gradient(tiny_llama):
+    deep = refinement.DeepLayers(pop_ext.load(tiny_llama, dtype=torch.float32), 3)
+    torch.manual_seed(0)
+    hidden, full = torch.randn(7, 90, requires_grad=True), torch.randn(7, 90)
+    p, q = deep.logits(full).log_softmax(-1), deep.logits(hidden).log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum()
+    total, gradient = refinement.divergence(deep, hidden.detach(), full, rows=3)
+    assert total == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, hidden)[0], rtol=1e-4, atol=1e-6)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_refinement_lowers_kl_and_resumes(tmp_path_factory, tmp_path, monkeypatch):
+    """Held-out KL falls, and on other text too; an interrupted run ends where an uninterrupted one does."""
+    model = pop_ext.load(tiny_folder("llama_untied_bias", tmp_path_factory), dtype=torch.float32)
+    # of few kinds of tokens, so that what is learned of some windows holds for others
+    windows, depth, steps = random_windows(80, 130, vocabulary=12), 2, 30
+    monkeypatch.setattr(refinement, "CHECK_EVERY", 5)
+    start = calibration.calibrate(model, windows[:6], [depth])
+    saved = tmp_path / "c.safetensors"
+    start.save(saved)
+
+    def fresh():
+        return calibration.Calibration.load(saved, model.spec, torch.float32)
+
+    once = fresh()
+    refinement.refine(model, once, windows, steps, seed=3)
+    entry = once.provenance["depths"][str(depth)]["refined"][-1]
+    assert entry["kl_after"] < 0.95 * entry["kl_before"]
+    assert torch.equal(once.projection(depth)[0], model.weights.projection[depth])
+    test = random_windows(16, 130, seed=5, vocabulary=12)
+    kl = []
+    for model.calibration in (start, once):
+        kl.append(mean_kl(model, test, 65, depth))
+    model.calibration = None
+    assert kl[1] < 0.97 * kl[0]
+
+    def stop(done, total, note=""):
+        if done == 13:
+            raise Stop
+
+    def again(state, **settings):
+        refinement.refine(model, twice, windows, steps, state=tmp_path / state, seed=3, **settings)
+
+    twice = fresh()
+    with pytest.raises(Stop):
+        again("c", progress=stop)
+    assert torch.equal(twice.projection(depth), start.projection(depth))
+    (state,) = tmp_path.glob("c.refining*")
+    data, reported = state.read_bytes(), []
+    again("c", progress=lambda done, *_: reported.append(done))
+    assert reported[0] == 10 and reported[-1] == steps and not state.exists()
+    torch.testing.assert_close(twice.projection(depth), once.projection(depth), rtol=1e-3, atol=1e-5)
+    state.write_bytes(data[: len(data) // 2])
+    with pytest.raises(pop_ext.CalibrationError, match="damaged"):
+        again("c")
+    with pytest.raises(ValueError, match="windows must be of one length, more than 65"):
+        refinement.refine(model, twice, random_windows(4, 65), 1)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tiny_llama, tmp_path_factory):
+    return make_chat_folder(tiny_llama, tmp_path_factory)
+
+
+def test_command(chat_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} of a text with {i * i} words, more or less. " for i in range(300)))
+    output = tmp_path / "c.safetensors"
+    options = ("--prefill-depth", 2, "--prefill-depth", "0.67", "--text", text, "--output", output, "--tokens", 4000)
+    result = pop("calibrate", chat_folder, *options, "--json", "--dtype", "float32")
+    assert result.exit_code == 0, result.stderr
+    provenance = json.loads(result.stdout)
+    assert provenance["depths"].keys() == {"2", "4"} and provenance["text"] == ["text.txt"]
+    generate = ("generate", chat_folder, "--prompt", "A prompt that is long enough to be cut", "--json", "--no-chat",
+                "--dtype", "float32", "--max-new-tokens", 12)  # fmt: skip
+    runs = [
+        json.loads(pop(*generate, "--prefill-depth", depth, *more).stdout)["tokens"]
+        for depth, more in ((2, ()), (2, ("--calibration", output)), (6, ("--calibration", output)), (6, ()))
+    ]
+    assert runs[0] != runs[1] and runs[2] == runs[3]
+    assert "made for 2, 4" in pop(*generate, "--prefill-depth", 3, "--calibration", output).stderr
+
+
+def test_command_without_text(chat_folder, tmp_path, monkeypatch):
+    """Python's help and the model's own samples, sampled once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    output = tmp_path / "c.safetensors"
+    options = ("calibrate", chat_folder, "--prefill-depth", 3, "--tokens", 3000, "--output", output, "--json")
+    first = pop(*options)
+    assert first.exit_code == 0, first.stderr
+    data, (cached,) = output.read_bytes(), (tmp_path / "cache" / "pop_ext").iterdir()
+    written = cached.stat().st_mtime_ns
+    time.sleep(0.01)
+    second = pop(*options)
+    assert second.exit_code == 0 and cached.stat().st_mtime_ns == written
+    tensors = [calibration.Calibration.load(path, pop_ext.load(chat_folder).spec, torch.float32) for path in (output,)]
+    assert tensors[0].depths == [3] and len(output.read_bytes()) == pytest.approx(len(data), abs=64)
+
+
+def test_command_refuses(chat_folder, tiny_llama, tmp_path):
+    text, output = tmp_path / "text.txt", tmp_path / "c.safetensors"
+    text.write_text("short")
+    options = ("--text", text, "--output", output)
+    for arguments, message in (
+        ((chat_folder, "--prefill-depth", 3), "tokens, expected at least"),
+        ((chat_folder, "--prefill-depth", 0), "prefill_depth is 0"),
+        ((tiny_llama, "--prefill-depth", 3), "no tokenizer"),
+    ):
+        failed = pop("calibrate", *arguments, *options)
+        assert failed.exit_code == 1 and message in failed.stderr, failed.stderr
+    text.write_text("A line of text, again and again. " * 200)
+    failed = pop("calibrate", chat_folder, "--prefill-depth", 6, *options)
+    assert failed.exit_code == 1 and "prefill_depth is 6, expected 1 to 5" in failed.stderr
+    text.write_bytes(b"\xff\xfe\xff" * 1000)
+    assert "not UTF-8" in pop("calibrate", chat_folder, "--prefill-depth", 3, *options).stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]

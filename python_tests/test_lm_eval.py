@@ -1,0 +1,163 @@
+"""POP as a model of lm-eval, on tasks made from local files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_generation import make_chat_folder
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval)")
+
+from lm_eval.api.instance import Instance
+
+import pop_ext
+from pop_ext.lm_eval import POP
+
+QUESTIONS = [
+    {"question": "What does a lamp give?", "choices": ["light", "rain", "bread"], "answer": 0},
+    {"question": "Where do fish live?", "choices": ["in the sky", "in the water"], "answer": 1},
+    {"question": "What is cold?", "choices": ["a flame", "the sun", "ice"], "answer": 2},
+]
+CHOICE_TASK = """
+task: pop_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+GENERATE_TASK = """
+task: pop_generate
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama, tmp_path_factory):
+    return str(make_chat_folder(tiny_llama, tmp_path_factory))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return POP(pretrained=folder, prefill_depth="3", dtype="float32")
+
+
+def requests(pairs) -> list[Instance]:
+    return [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+
+
+def test_loglikelihood(model, monkeypatch):
+    """Sums of log-probabilities in the order asked, and each context prefilled once."""
+    pairs = [
+        ("One context here", " a"),
+        ("Another one", " b c"),
+        ("One context here", " longer end"),
+        ("One context here", " a"),
+    ]
+    reference = pop_ext.load(str(model.model.folder), 3, dtype=torch.float32)
+    expected = []
+    for context, continuation in pairs:
+        whole, prompt = (reference.tokenizer(text).input_ids for text in (context + continuation, context))
+        target = whole[len(prompt) :]
+        log_p = reference.logits([prompt], [target])[0].double().log_softmax(-1)
+        expected.append((log_p[range(len(target)), target].sum().item(), log_p.argmax(-1).tolist() == target))
+    prefills = []
+    turn = type(model.model)._turn
+
+    def counted(self, sequences, prompts, name, *args, **kwargs):
+        prefills.append(name)
+        return turn(self, sequences, prompts, name, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "_turn", counted)
+    found = model.loglikelihood(requests(pairs), disable_tqdm=True)
+    assert prefills.count("prompts") == 2
+    for (value, greedy), (wanted, wanted_greedy) in zip(found, expected, strict=True):
+        assert value == pytest.approx(wanted, abs=1e-3) and greedy == wanted_greedy
+
+
+def test_greedy_is_recognised(model):
+    prompt = "A context of some words"
+    ids = model.tokenizer(prompt).input_ids
+    answer = model.model.generate([ids], max_new_tokens=3).tokens[0]
+    ((_, greedy),) = model._loglikelihood_tokens([(None, ids, answer)], disable_tqdm=True)
+    ((_, other),) = model._loglikelihood_tokens([(None, ids, [answer[0], (answer[1] + 1) % 200, answer[2]])], True)
+    assert greedy and not other
+
+
+def test_empty_context_takes_the_prefix_token(model, monkeypatch):
+    monkeypatch.setattr(type(model), "prefix_token_id", property(lambda self: 7))
+    ((value, _),) = model.loglikelihood(requests([("", "Some text")]), disable_tqdm=True)
+    target = model.tokenizer("Some text", add_special_tokens=False).input_ids
+    log_p = model.model.logits([[7]], [target])[0].log_softmax(-1)
+    assert value == pytest.approx(log_p[range(len(target)), target].sum().item(), abs=1e-4)
+
+
+def test_long_contexts_lose_their_start(model):
+    context, target = [5] * 3 + list(range(model.max_length - 2)), [1, 2]
+    context = [token % 293 for token in context]
+    ((value, _),) = model._loglikelihood_tokens([(None, context, target)], disable_tqdm=True)
+    log_p = model.model.logits([context[-(model.max_length - 2) :]], [target])[0].log_softmax(-1)
+    assert value == pytest.approx(log_p[range(2), target].sum().item(), abs=1e-4)
+
+
+def test_rolling_is_refused(model):
+    with pytest.raises(NotImplementedError, match="nothing for prefill-only pruning to prune"):
+        model.loglikelihood_rolling(requests([("text",)]))
+
+
+def test_bad_arguments(folder, tiny_llama):
+    for arguments, message in (
+        ({"prefill_depth": 9}, "prefill_depth is 9"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"calibration": "none.safetensors"}, "no such calibration file"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            POP(pretrained=folder, **arguments)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        POP(pretrained=str(tiny_llama))
+
+
+def test_command_line(folder, tmp_path):
+    """lm-eval's own command line, offline, on a multiple-choice and a generation task."""
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(map(json.dumps, QUESTIONS)))
+    for name, task in (("choice", CHOICE_TASK), ("generate", GENERATE_TASK)):
+        (tmp_path / f"{name}.yaml").write_text(task.format(file=data))
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "pop_ext.lm_eval", "--model", "pop",
+            "--model_args", f"pretrained={folder},prefill_depth=3,dtype=float32", "--tasks", "pop_choice,pop_generate",
+            "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples",
+        ],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    (report,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(report.read_text())["results"]
+    assert results.keys() == {"pop_choice", "pop_generate"}
+    model = pop_ext.load(folder, 3, dtype=torch.float32)
+    right = 0
+    for row in QUESTIONS:
+        prompt = model.tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
+        scores = []
+        for choice in row["choices"]:
+            target = model.tokenizer(f"Question: {row['question']}\nAnswer: {choice}").input_ids[len(prompt) :]
+            scores.append(model.logits([prompt], [target])[0].log_softmax(-1)[range(len(target)), target].sum().item())
+        right += scores.index(max(scores)) == row["answer"]
+    assert results["pop_choice"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
