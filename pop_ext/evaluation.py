@@ -75,14 +75,14 @@ class DeepTokensOnly(Model):
         self.__dict__.update(vars(model), calibration=None)
         self._hidden, self._depth = range(0), model.spec.num_layers  # positions that layers from _depth up do not see
 
-    def _turn(self, sequences, prompts, name, depth, times, *, deep=False, all_logits=False) -> Tensor:
+    def _turn(self, sequences, prompts, name, depth, times, visuals=None, *, deep=False, all_logits=False) -> Tensor:
         if not deep:
             (sequence,), (prompt,) = sequences, prompts
             if sequence.token_ids:
                 raise ValueError("a second turn, expected a new conversation")
             self._hidden = range(self.anchor_tokens, len(prompt) - self.boundary_tokens)
             self._depth = min(depth, self.spec.num_layers - 1)
-        return super()._turn(sequences, prompts, name, depth, times, deep=deep, all_logits=all_logits)
+        return super()._turn(sequences, prompts, name, depth, times, visuals, deep=deep, all_logits=all_logits)
 
     def _project(self, depth, hidden, batch, slots) -> None:
         pass
