@@ -178,8 +178,8 @@ def calibrate(
     visuals: list[list[Visual]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens; visuals[i] are the images
-    of windows[i].
+    """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens; visuals[i] are the
+    images of windows[i].
     """
     spec = model.spec
     for depth in depths:

@@ -6,11 +6,15 @@
 Arguments are numbers, numpy arrays and CPU tensors; the device's memory is the host's, so kernels write into those.
 """
 
+import contextlib
 import ctypes
+import dataclasses
 import functools
+import json
 import numbers
 import os
 import pathlib
+import weakref
 
 import numpy as np
 
@@ -54,6 +58,16 @@ def _library() -> ctypes.CDLL:
         ctypes.c_void_p,
         ctypes.c_void_p,
     ]
+    library.pop_emulator_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p]
+    library.pop_emulator_unregister.argtypes = [ctypes.c_void_p]
+    library.pop_emulator_allocate.restype = ctypes.c_void_p
+    library.pop_emulator_allocate.argtypes = [ctypes.c_size_t, ctypes.c_char_p]
+    library.pop_emulator_free.argtypes = [ctypes.c_void_p]
+    library.pop_emulator_checks.argtypes = [ctypes.c_char_p]
+    library.pop_emulator_schedule.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
+    library.pop_emulator_host_reads.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.pop_emulator_expect_stream.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    library.pop_emulator_findings.restype = library.pop_emulator_counts.restype = ctypes.c_char_p
     return library
 
 
@@ -197,3 +211,149 @@ ops = _Operations()
 def load(text: str | bytes) -> Module:
     """Parses and decodes PTX text. What the device does not know is an error with its line and text."""
     return Module(text)
+
+
+def _extent(array) -> tuple[int, int]:
+    """Address and bytes from the first to the last element of a numpy array or CPU tensor, gaps of its strides
+    included."""
+    if isinstance(array, np.ndarray):
+        low, high = np.lib.array_utils.byte_bounds(array)
+        return low, high - low
+    if not hasattr(array, "data_ptr"):
+        raise TypeError(f"expected a tensor or numpy array, got {type(array).__name__}")
+    if array.device.type != "cpu":
+        raise TypeError(f"the device's memory is the host's: a tensor on {array.device} is not in it")
+    if array.numel() == 0:
+        return array.data_ptr(), 0
+    last = sum((size - 1) * stride for size, stride in zip(array.shape, array.stride(), strict=True))
+    return array.data_ptr(), (last + 1) * array.element_size()
+
+
+def register(tensor, name: str | None = None, written: bool = True) -> None:
+    """Makes a CPU tensor or numpy array known memory, from its first to its last element, until `unregister`.
+
+    With checks on, kernels may touch known memory only. `written=False`: its bytes count as never written (an output).
+    Registrations that overlap are one stretch of memory; registering known memory as written marks it as such.
+    """
+    base, size = _extent(tensor)
+    if _library().pop_emulator_register(base, size, int(written), (name or "").encode()):
+        raise ValueError(_message())
+
+
+def unregister(tensor) -> None:
+    """Undoes the last `register` of a tensor with this first element."""
+    if _library().pop_emulator_unregister(_extent(tensor)[0]):
+        raise ValueError(_message())
+
+
+def empty(shape, dtype=None, name: str | None = None):
+    """A CPU tensor in the device's memory: an allocation of its own, with nothing written, freed with the tensor."""
+    import torch
+
+    dtype = dtype or torch.get_default_dtype()
+    shape = torch.Size([shape] if isinstance(shape, numbers.Integral) else shape)
+    size = shape.numel() * dtype.itemsize
+    address = _library().pop_emulator_allocate(max(size, 1), (name or "").encode())
+    if not address:
+        raise MemoryError(f"the device has no {size} bytes left")
+    buffer = (ctypes.c_uint8 * max(size, 1)).from_address(address)
+    weakref.finalize(buffer, _library().pop_emulator_free, address)
+    return torch.frombuffer(buffer, dtype=torch.uint8)[:size].view(dtype).view(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spot:
+    """A place in a running kernel: PTX line and text, source line where -lineinfo gave it (0: not), block, thread."""
+
+    kernel: str
+    line: int
+    text: str
+    source: str
+    source_line: int
+    block: tuple[int, int, int]
+    thread: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding(Spot):
+    """A broken rule (csrc/emulator/README.md lists them), where, and in which allocation; `second` is the other party,
+    `second_role` what it did; `count`: how often it was found at these lines."""
+
+    rule: str
+    message: str
+    address: int
+    space: str
+    allocation: str
+    count: int
+    second: Spot | None
+    second_role: str
+
+
+def checks(*names: str) -> None:
+    """What later launches are checked for: any of "memory", "init", "race", "barrier", or "all"; nothing: no checks.
+
+    Memory that is known when checks are switched on counts as written.
+    """
+    if _library().pop_emulator_checks(",".join(names).encode()):
+        raise ValueError(_message())
+
+
+def schedule(name: str = "roundrobin", seed: int = 0) -> None:
+    """The order of warps, blocks and landing copies in later launches: "roundrobin", "random" or "adversarial"."""
+    if _library().pop_emulator_schedule(name.encode(), seed):
+        raise ValueError(_message())
+
+
+def count(on: bool = True) -> None:
+    """Whether later launches are counted."""
+    _library().pop_emulator_count(int(on))
+
+
+def findings() -> list[Finding]:
+    """What was found since `clear`."""
+    result = []
+    for row in json.loads(_library().pop_emulator_findings()):
+        second = row.pop("second")
+        role = second.pop("role") if second else ""
+        for spot in (row, second or {}):
+            spot.update({key: tuple(spot[key]) for key in ("block", "thread") if key in spot})
+        result.append(Finding(**row, second=Spot(**second) if second else None, second_role=role))
+    return result
+
+
+def counts() -> list[dict]:
+    """The launches counted since `clear`, each with totals and lists of `allocations`, `loops` and `instructions`."""
+    return json.loads(_library().pop_emulator_counts(0))
+
+
+def report(annotate: bool = False) -> str:
+    """The counted launches as text; `annotate` adds the PTX with counts beside each line."""
+    return _library().pop_emulator_counts(2 if annotate else 1).decode()
+
+
+def clear() -> None:
+    """Forgets findings and counted launches."""
+    _library().pop_emulator_clear()
+
+
+def host_reads(tensor) -> bool:
+    """Says that the host reads a tensor now: a finding, and False, where one of its bytes was never written."""
+    base, size = _extent(tensor)
+    return _library().pop_emulator_host_reads(base, size) == 0
+
+
+def expect_stream(stream: int | None) -> None:
+    """Launches through the runtime on another stream than this (a cudaStream_t) become findings; None ends that."""
+    _library().pop_emulator_expect_stream(int(stream is not None), stream)
+
+
+@contextlib.contextmanager
+def registered(*tensors):
+    """Tensors and arrays as known memory within a `with` block."""
+    for tensor in tensors:
+        register(tensor)
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            unregister(tensor)

@@ -88,8 +88,8 @@ class Draw:
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, what: str = "output") -> None:
-    # The error of n values is uncertain by 1 / sqrt(2 n) of itself: a bound below the unit roundoff, which one value may
-    # be off by, leaves room for three times that.
+    # The error of n values is uncertain by 1 / sqrt(2 n) of itself: a bound below the unit roundoff, by which one may
+    # be off, leaves room for three times that.
     error, bound = normwise(a, b), BOUND[dtype]
     if bound < UNIT[dtype]:
         bound = min(bound * (1 + 3 / max(1, 2 * a.numel()) ** 0.5), UNIT[dtype])

@@ -7,7 +7,7 @@
 // Where blocks are fewer than the device holds, they share the context out, and a second kernel adds up their parts in
 // a fixed order.
 
-#include "pop/attention.h"
+#include <cutlass/fast_math.h>
 
 #include <algorithm>
 #include <climits>
@@ -16,10 +16,11 @@
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/swizzle_layout.hpp>
-#include <cutlass/fast_math.h>
 
 #include "cuda/device.h"
 #include "cuda/numbers.h"
+#include "cuda/shared.h"
+#include "pop/attention.h"
 
 namespace pop::cuda {
 namespace {
@@ -43,11 +44,11 @@ struct Parameters {
   int64_t span_stride;
   cutlass::FastDivmod group, block_size;  // query heads of a key/value head; tokens of a block of the cache
   int sequences, query_heads, window, splits;
-  float scale;       // of scores, times log2(e): exponentials are powers of two
-  int64_t rows;      // tokens * query_heads
-  float* values_of;  // [splits, rows, head_size]: each split's sum of weight * value,
-  float2* stats_of;  // [splits, rows]: its largest score, before scaling, and sum of weights
-  void* out;         // [rows, head_size]
+  float scale;          // of scores, times log2(e): exponentials are powers of two
+  int64_t rows;         // tokens * query_heads
+  float* split_values;  // [splits, rows, head_size]: each split's sum of weight * value,
+  float2* split_stats;  // [splits, rows]: its largest score, before scaling, and sum of weights
+  void* out;            // [rows, head_size]
 };
 
 /// kRows rows of a head in shared memory: columns of 64 elements (32 for that head size) one behind the other, in which
@@ -120,12 +121,6 @@ __device__ inline void copy_async(unsigned char* to, const void* from, bool want
                                                                *reinterpret_cast<cute::uint128_t*>(to), wanted);
 }
 
-/// A value to be held in a register: the compiler would work it out anew in every round of a loop.
-__device__ inline int held(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -156,9 +151,7 @@ __device__ inline bool find_rows(const Parameters& p, Rows& r) {
     // Sequence s has the blocks from floor(rows before it / kRows) + s on: enough, as each sequence leaves at most one
     // block unfilled. The last blocks come first, as they see the most keys.
     const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
-    const auto first_block = [&](int s) {
-      return static_cast<int>(int64_t{p.query_starts[s]} * group / C::kRows) + s;
-    };
+    const auto first_block = [&](int s) { return static_cast<int>(int64_t{p.query_starts[s]} * group / C::kRows) + s; };
     r.sequence = 0;
     for (int end = p.sequences; end - r.sequence > 1;) {
       const int middle = (r.sequence + end) / 2;
@@ -213,7 +206,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   const int kv_head = blockIdx.y, group = p.group.divisor;
   const int32_t* const spans = p.spans ? p.spans + rows.sequence * p.span_stride : nullptr;
 
-  // Keys [begin, end) are all that any row sees; of their tiles, those of this split are [tile, last_tile).
+  // Keys [begin, end) are all that any row sees; of their tiles, this split has [first_tile, last_tile).
   const int first_position = rows.position(p, rows.first), last_position = rows.position(p, rows.end - 1);
   const int begin = max(0, first_position - p.window + 1);
   const int end = spans ? end_of_spans<C::kThreads>(spans, first_position, last_position, rows.context,
@@ -228,14 +221,14 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   const int chunk = lane % C::kChunks * 8, chunk_row = lane / C::kChunks;
   const int copy_row = warp * C::kCopyRows + chunk_row, copy_offset = held(KeyTile::offset(copy_row, chunk));
   const int32_t* const table = p.block_tables + rows.sequence * p.block_table_stride;
-  const bool one_block = p.block_size.divisor % C::kCopyRows == 0;  // that a warp's rows of a tile lie in
+  const bool one_block = p.block_size.divisor % C::kCopyRows == 0;  // has all rows that a warp copies of a tile
   const auto head_of = [&](const Cache& cache) {
     return static_cast<const T*>(cache.data) + kv_head * cache.head_stride + chunk;
   };
   const T *const keys_head = head_of(p.keys), *const values_head = head_of(p.values);
   const auto load_tile = [&](const Cache& cache, const T* head, int tile, unsigned char* to) {
     const auto locate = [&](int key) {
-      const int known = min(max(key, begin), end - 1);  // others' blocks may not exist
+      const int known = min(max(key, begin), end - 1);  // beyond, the table may name no block
       int block, token;
       p.block_size(block, token, known);
       return head + table[block] * cache.block_stride + (token + key - known) * cache.token_stride;
@@ -316,123 +309,119 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
       }
     }
     uint32_t weights[kKeyTiles / 2][kRowTiles][4];
-    {
-      float scores[kRowTiles][kKeyTiles][4] = {};
+    float scores[kRowTiles][kKeyTiles][4] = {};
 #pragma unroll
-      for (int k = 0; k < kHeadSize / 16; ++k) {
-        if constexpr (!C::kQueryInRegisters) {
+    for (int k = 0; k < kHeadSize / 16; ++k) {
+      if constexpr (!C::kQueryInRegisters) {
 #pragma unroll
-          for (int m = 0; m < kRowTiles; ++m)
-            load_matrices(query[0][m], shared + QueryTile::step(query_offset, 16 * m, 16 * k));
-        }
-#pragma unroll
-        for (int n = 0; n < kKeyTiles / 2; ++n) {
-          uint32_t key[4];
-          load_matrices(key, key_tile + KeyTile::step(key_offset, 16 * n, 16 * k));
-#pragma unroll
-          for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-              multiply_add<T>(scores[m][2 * n + j], query[C::kQueryInRegisters ? k : 0][m], key[2 * j], key[2 * j + 1]);
-        }
+        for (int m = 0; m < kRowTiles; ++m)
+          load_matrices(query[0][m], shared + QueryTile::step(query_offset, 16 * m, 16 * k));
       }
-
-      const int first_key = tile * C::kKeys + warp_key;
-      if (first_key + C::kWarpKeys > warp_first + 1 || first_key <= warp_last - p.window) {  // some are not visible
-        const int lane_key = first_key + lane % 4 * 2, lane_row = held(warp_row + lane / 4);
-        int positions[kRowTiles][2], ids[kRowTiles][2];
+#pragma unroll
+      for (int n = 0; n < kKeyTiles / 2; ++n) {
+        uint32_t key[4];
+        load_matrices(key, key_tile + KeyTile::step(key_offset, 16 * n, 16 * k));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            positions[m][half] = rows.position(p, min(lane_row + 16 * m + 8 * half, rows.end - 1));
-            ids[m][half] = -2;  // matches nothing
-            if (spans)
-              if (const int id = spans[positions[m][half]]; id >= 0) ids[m][half] = id;
-          }
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int key = lane_key + 8 * n + j;
-            const int id = spans && key < rows.context ? max(spans[key], -1) : -1;
-#pragma unroll
-            for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const int distance = positions[m][half] - key;  // below 0: only through the span
-                if (static_cast<unsigned>(distance) >= static_cast<unsigned>(p.window) &&
-                    !(spans && distance < 0 && id == ids[m][half]))
-                  scores[m][n][2 * half + j] = -kInfinity;
-              }
-          }
+          for (int j = 0; j < 2; ++j)
+            multiply_add<T>(scores[m][2 * n + j], query[C::kQueryInRegisters ? k : 0][m], key[2 * j], key[2 * j + 1]);
       }
+    }
 
-      // Scores become weights, relative to the largest score so far; what was summed up shrinks by its growth. The
-      // difference is taken before it is scaled, so that huge scores stay exact at the largest.
-      bool grown = false;
-      float shrink[kRowTiles][2];
+    const int first_key = tile * C::kKeys + warp_key;
+    if (first_key + C::kWarpKeys > warp_first + 1 || first_key <= warp_last - p.window) {  // some are not visible
+      const int lane_key = first_key + lane % 4 * 2, lane_row = held(warp_row + lane / 4);
+      int positions[kRowTiles][2], ids[kRowTiles][2];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float top = scores[m][0][2 * half];
-#pragma unroll
-          for (int n = 0; n < kKeyTiles; ++n)
-            top = fmaxf(top, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
-          top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-          top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-          const float before = largest[m][half];
-          top = fmaxf(top, before);
-          largest[m][half] = top;
-          grown |= top != before;
-          const float base = top == -kInfinity ? 0.0f : top;
-          shrink[m][half] = exp2_approx((before - base) * p.scale);
-#pragma unroll
-          for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              float& score = scores[m][n][2 * half + j];
-              score = weight_of<T>((score - base) * p.scale);
-            }
+          positions[m][half] = rows.position(p, min(lane_row + 16 * m + 8 * half, rows.end - 1));
+          ids[m][half] = -2;  // matches nothing
+          if (spans)
+            if (const int id = spans[positions[m][half]]; id >= 0) ids[m][half] = id;
         }
 #pragma unroll
-      for (int k = 0; k < kKeyTiles / 2; ++k)
+      for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            weights[k][m][i] = held(pack<T>(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]));
-      if (__any_sync(kAllLanes, grown)) {
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            sums[m][i] *= shrink[m][i / 2];
-#pragma unroll
-            for (int n = 0; n < kValueTiles; ++n) values[m][n][i] *= shrink[m][i / 2];
-          }
-      }
-    }
-
-    const unsigned char* const value_tile = next_tile(2 * tile + 1);
-    {
-      constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
-#pragma unroll
-      for (int k = 0; k < kKeyTiles / 2; ++k) {
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
-          multiply_add<T>(sums[m], weights[k][m], kOnes, kOnes);  // of weights as rounded: the result is a mean
-#pragma unroll
-        for (int n = 0; n < kValueTiles / 2; ++n) {
-          uint32_t value[4];
-          load_transposed(value, value_tile + KeyTile::step(value_offset, 16 * k, 16 * n));
+        for (int j = 0; j < 2; ++j) {
+          const int key = lane_key + 8 * n + j;
+          const int id = spans && key < rows.context ? max(spans[key], -1) : -1;
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-            for (int j = 0; j < 2; ++j)
-              multiply_add<T>(values[m][2 * n + j], weights[k][m], value[2 * j], value[2 * j + 1]);
+            for (int half = 0; half < 2; ++half) {
+              const int distance = positions[m][half] - key;  // below 0: only through the span
+              if (static_cast<unsigned>(distance) >= static_cast<unsigned>(p.window) &&
+                  !(spans && distance < 0 && id == ids[m][half]))
+                scores[m][n][2 * half + j] = -kInfinity;
+            }
         }
+    }
+
+    // Scores become weights, relative to the largest score so far; what was summed up shrinks by its growth. The
+    // difference is taken before it is scaled, so that huge scores stay exact at the largest.
+    bool grown = false;
+    float shrink[kRowTiles][2];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float top = scores[m][0][2 * half];
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) top = fmaxf(top, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+        const float before = largest[m][half];
+        top = fmaxf(top, before);
+        largest[m][half] = top;
+        grown |= top != before;
+        const float base = top == -kInfinity ? 0.0f : top;
+        shrink[m][half] = exp2_approx((before - base) * p.scale);
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float& score = scores[m][n][2 * half + j];
+            score = weight_of<T>((score - base) * p.scale);
+          }
+      }
+#pragma unroll
+    for (int k = 0; k < kKeyTiles / 2; ++k)
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          weights[k][m][i] =
+              held(pack<T>(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]));
+    if (__any_sync(kAllLanes, grown)) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[m][i] *= shrink[m][i / 2];
+#pragma unroll
+          for (int n = 0; n < kValueTiles; ++n) values[m][n][i] *= shrink[m][i / 2];
+        }
+    }
+
+    const unsigned char* const value_tile = next_tile(2 * tile + 1);
+    constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
+#pragma unroll
+    for (int k = 0; k < kKeyTiles / 2; ++k) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+        multiply_add<T>(sums[m], weights[k][m], kOnes, kOnes);  // of weights as rounded: the result is a mean
+#pragma unroll
+      for (int n = 0; n < kValueTiles / 2; ++n) {
+        uint32_t value[4];
+        load_transposed(value, value_tile + KeyTile::step(value_offset, 16 * k, 16 * n));
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            multiply_add<T>(values[m][2 * n + j], weights[k][m], value[2 * j], value[2 * j + 1]);
       }
     }
   }
@@ -457,7 +446,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
 #pragma unroll
       for (int n = 0; n < kValueTiles; ++n)
         *reinterpret_cast<float2*>(parts + row * C::kSumStride + 8 * n + lane % 4 * 2) = {values[0][n][2 * half],
-                                                                                       values[0][n][2 * half + 1]};
+                                                                                          values[0][n][2 * half + 1]};
       if (lane % 4 == 0) stats[row] = {largest[0][half], sums[0][2 * half]};
     }
     __syncthreads();
@@ -481,9 +470,9 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
         for (int e = 0; e < 8; ++e) v[e] /= sum;
         *reinterpret_cast<Vector*>(static_cast<T*>(p.out) + to * kHeadSize + element) = pack<T>(v);
       } else {
-        float4* const part = reinterpret_cast<float4*>(p.values_of + (split_row + to) * kHeadSize + element);
+        float4* const part = reinterpret_cast<float4*>(p.split_values + (split_row + to) * kHeadSize + element);
         part[0] = {v[0], v[1], v[2], v[3]}, part[1] = {v[4], v[5], v[6], v[7]};
-        if (element == 0) p.stats_of[split_row + to] = {top, sum};
+        if (element == 0) p.split_stats[split_row + to] = {top, sum};
       }
     }
   } else if (p.splits == 1) {
@@ -497,8 +486,8 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
         const float factor = 1.0f / sums[m][2 * half];
 #pragma unroll
         for (int n = 0; n < kValueTiles; ++n)
-          *reinterpret_cast<uint32_t*>(
-              shared + QueryTile::offset(first + 16 * m + 8 * half + lane / 4, 8 * n + lane % 4 * 2)) =
+          *reinterpret_cast<uint32_t*>(shared +
+                                       QueryTile::offset(first + 16 * m + 8 * half + lane / 4, 8 * n + lane % 4 * 2)) =
               pack<T>(values[m][n][2 * half] * factor, values[m][n][2 * half + 1] * factor);
       }
     __syncwarp();
@@ -519,9 +508,9 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
         const int64_t to = split_row + out_row(row);
 #pragma unroll
         for (int n = 0; n < kValueTiles; ++n)
-          *reinterpret_cast<float2*>(p.values_of + to * kHeadSize + 8 * n + lane % 4 * 2) = {
+          *reinterpret_cast<float2*>(p.split_values + to * kHeadSize + 8 * n + lane % 4 * 2) = {
               values[m][n][2 * half], values[m][n][2 * half + 1]};
-        if (lane % 4 == 0) p.stats_of[to] = {largest[m][half], sums[m][2 * half]};
+        if (lane % 4 == 0) p.split_stats[to] = {largest[m][half], sums[m][2 * half]};
       }
   }
 }
@@ -536,13 +525,13 @@ __global__ __launch_bounds__(kCombineThreads) void combine_kernel(const __grid_c
   // Rows beyond the last sequence's, if there are any, are nobody's.
   if (row >= int64_t{p.query_starts[p.sequences]} * p.query_heads) return;
   float top = -kInfinity, sum = 0, v[8] = {};
-  for (int s = 0; s < p.splits; ++s) top = fmaxf(top, p.stats_of[s * p.rows + row].x);
+  for (int s = 0; s < p.splits; ++s) top = fmaxf(top, p.split_stats[s * p.rows + row].x);
   for (int s = 0; s < p.splits; ++s) {
-    const float2 stat = p.stats_of[s * p.rows + row];
+    const float2 stat = p.split_stats[s * p.rows + row];
     const float weight = stat.x == -kInfinity ? 0.0f : exp2_approx((stat.x - top) * p.scale);
     sum += weight * stat.y;
     const float4* const part =
-        reinterpret_cast<const float4*>(p.values_of + (s * p.rows + row) * kHeadSize + i % kChunks * 8);
+        reinterpret_cast<const float4*>(p.split_values + (s * p.rows + row) * kHeadSize + i % kChunks * 8);
     const float4 low = part[0], high = part[1];
     v[0] += weight * low.x, v[1] += weight * low.y, v[2] += weight * low.z, v[3] += weight * low.w;
     v[4] += weight * high.x, v[5] += weight * high.y, v[6] += weight * high.z, v[7] += weight * high.w;
@@ -648,8 +637,8 @@ void attention(const Attention& a, void* workspace, Stream stream) {
   p.splits = plan.splits;
   p.scale = a.scale * 1.44269504f;
   p.rows = a.tokens * a.query_heads;
-  p.values_of = static_cast<float*>(workspace);
-  p.stats_of = reinterpret_cast<float2*>(p.values_of + plan.splits * p.rows * a.key_cache.head_size);
+  p.split_values = static_cast<float*>(workspace);
+  p.split_stats = reinterpret_cast<float2*>(p.split_values + plan.splits * p.rows * a.key_cache.head_size);
   p.out = a.out;
   if (a.dtype == DType::kBFloat16)
     run<bf16>(plan, a, p, stream);

@@ -313,6 +313,11 @@ uint64_t Decoder::variable_address(const Variable& variable, Space& space) {
 }
 
 Decoder::Address Decoder::address(const Operand& operand, Space space) {
+  addresses_.push_back(find_address(operand, space));
+  return addresses_.back();
+}
+
+Decoder::Address Decoder::find_address(const Operand& operand, Space space) {
   if (operand.kind != Operand::Kind::kAddress || operand.elements.size() != 1) fail("expected an address in brackets");
   const Operand& base = operand.elements[0];
   Address result{space, 0, false, operand.offset, false};
@@ -403,6 +408,9 @@ void Decoder::run() {
   for (auto& table : code_.tables)
     for (uint32_t& target : table) target = starts[target];
   find_reconvergence();
+  code_.looks.resize(code_.instructions.size());
+  for (size_t r = 0; r < f.registers.size(); ++r)
+    code_.registers.push_back({register_slots_[r], static_cast<uint8_t>(type_width(f.registers[r]))});
 }
 
 void Decoder::decode_statement() {
@@ -416,6 +424,8 @@ void Decoder::decode_statement() {
   auto decoder = floating ? table.find(statement_->opcode + ".f") : table.end();
   if (decoder == table.end()) decoder = table.find(statement_->opcode);
   first_of_statement_ = true;
+  addresses_.clear();
+  const size_t before = code_.instructions.size();
   if (decoder == table.end()) fail("unknown instruction '" + statement_->opcode + "'");
   for (const Operand& pair : statement_->pairs)
     if (pair.kind != Operand::Kind::kSink && statement_->opcode != "setp" && statement_->opcode != "shfl" &&
@@ -426,6 +436,7 @@ void Decoder::decode_statement() {
   decoder->second(*this);
   if (const std::string* extra = modifiers.untaken()) fail("unknown modifier '." + *extra + "'");
   modifiers_ = nullptr;
+  if (code_.instructions.size() > before) describe_look();
 }
 
 // Immediate post-dominators over basic blocks (Cooper, Harvey and Kennedy's iteration on the reversed graph).
@@ -603,6 +614,10 @@ std::unique_ptr<Kernel> decode_kernel(Module& module, const Function& function) 
   uint32_t most_registers = 0;
   for (const Function* f : reachable) {
     Decoder(module, kernel, *kernel.codes[f], shared).run();
+    Code& code = *kernel.codes[f];
+    code.first_id = kernel.instructions;
+    for (Look& look : code.looks) look.id = kernel.instructions++;
+    kernel.ordered_codes.push_back(&code);
     most_registers = std::max(most_registers, static_cast<uint32_t>(f->registers.size()));
     kernel.local_bytes += kernel.codes[f]->local_bytes;
     kernel.recursive |= reachable.size() > 1;

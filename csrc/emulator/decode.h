@@ -72,6 +72,7 @@ class Decoder {
     bool kernel_parameter;
   };
   Address address(const Operand& operand, Space space);
+
   const Variable* variable_of(const Operand& operand) const;
   uint64_t variable_address(const Variable& variable, Space& space);  // in its own space
 
@@ -87,6 +88,8 @@ class Decoder {
 
  private:
   void decode_statement();
+  Address find_address(const Operand& operand, Space space);
+  void describe_look();  // look.cpp
   void find_reconvergence();
 
   Module& module_;
@@ -103,6 +106,7 @@ class Decoder {
   std::vector<uint32_t> register_slots_;
   std::unordered_map<uint64_t, uint32_t> constants_[17];
   std::unordered_map<uint32_t, uint32_t> specials_;
+  std::vector<Address> addresses_;   // of the statement
   std::vector<size_t> slot_starts_;  // of each instruction in Code::slots, until that stops growing
 };
 

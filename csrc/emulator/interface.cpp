@@ -1,8 +1,11 @@
 // The device's own C interface: raw PTX for pop_ext/emulator.py, figures for benchmarks, and errors for what is not
 // implemented.
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
+#include "checks.h"
 #include "memory.h"
 #include "runtime.h"
 #include "schedule.h"
@@ -92,3 +95,94 @@ POP_API void pop_emulator_totals(uint64_t* launches, uint64_t* warp_instructions
 
 // What the last failed kernel or module had to say.
 POP_API const char* pop_emulator_message() { return Runtime::instance().message.c_str(); }
+
+// Memory of the caller's that kernels may touch; overlapping registrations are one region. written: its bytes count as
+// written. 0 on success.
+POP_API int pop_emulator_register(void* base, size_t bytes, int written, const char* name) {
+  if (!base && bytes) return interface_error = "register: a null address", cudaErrorInvalidValue;
+  if (bytes > (size_t{1} << 47) || reinterpret_cast<uintptr_t>(base) + bytes < bytes)
+    return interface_error = "register: " + std::to_string(bytes) + " bytes are too many", cudaErrorInvalidValue;
+  Memory::instance().enroll(base, bytes, written != 0, name ? name : "");
+  return cudaSuccess;
+}
+
+// Undoes the last registration of that base. 0 on success.
+POP_API int pop_emulator_unregister(const void* base) {
+  if (Memory::instance().dismiss(base)) return cudaSuccess;
+  return interface_error = "unregister: nothing is registered at that address", cudaErrorInvalidValue;
+}
+
+// Device memory of its own with never-written bytes; null where there is not enough.
+POP_API void* pop_emulator_allocate(size_t bytes, const char* name) {
+  return Memory::instance().allocate(bytes, Allocation::Kind::kDevice, name ? name : "");
+}
+POP_API int pop_emulator_free(const void* base) {
+  return Memory::instance().release(base) ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Looking, for the launches to come. names: "memory,init,race,barrier" (a part of them), "all" or "".
+POP_API int pop_emulator_checks(const char* names) {
+  uint32_t checks;
+  if (!parse_checks(names, checks))
+    return interface_error = "checks '" + std::string(names) + "': expected memory, init, race, barrier, or all",
+           cudaErrorInvalidValue;
+  look_settings().checks = checks;
+  Memory::instance().track(checks != 0);
+  return cudaSuccess;
+}
+POP_API int pop_emulator_schedule(const char* name, uint64_t seed) {
+  if (!parse_schedule(name, look_settings().schedule))
+    return interface_error = "schedule '" + std::string(name) + "': expected roundrobin, random or adversarial",
+           cudaErrorInvalidValue;
+  look_settings().seed = seed;
+  return cudaSuccess;
+}
+POP_API void pop_emulator_count(int on) { look_settings().count = on != 0; }
+
+// What was found and counted so far, as JSON or text; valid until the thread's next call.
+POP_API const char* pop_emulator_findings() {
+  static thread_local std::string text;
+  return (text = Findings::instance().json()).c_str();
+}
+POP_API const char* pop_emulator_counts(int format) {  // 0: JSON, 1: text, 2: text with the annotated PTX
+  static thread_local std::string text;
+  return (text = format == 0 ? counts_json() : counts_text(format == 2)).c_str();
+}
+POP_API void pop_emulator_clear() { Findings::instance().clear(), clear_counts(); }
+
+// The host reads these bytes: a finding where one was never written.
+POP_API int pop_emulator_host_reads(const void* base, size_t bytes) {
+  return host_reads(base, bytes, "the host") ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Launches through the runtime on another stream are findings, until this is called with on = 0.
+POP_API void pop_emulator_expect_stream(int on, void* stream) {
+  Runtime& r = Runtime::instance();
+  r.expected_stream = static_cast<cudaStream_t>(stream);
+  r.expects_stream = on != 0;
+}
+
+namespace {
+
+// POP_EMULATOR_REPORT: a file for findings and counts when the program ends; JSON, or text with the annotated PTX.
+struct Reporter {
+  ~Reporter() {
+    const char* path = std::getenv("POP_EMULATOR_REPORT");
+    if (!path || !*path) return;
+    const std::string name = path, temporary = name + ".part";
+    FILE* file = std::fopen(temporary.c_str(), "w");
+    const auto failed = [&] { std::perror(("pop emulator: POP_EMULATOR_REPORT " + name).c_str()); };
+    if (!file) {
+      failed();
+      return;
+    }
+    const std::string text = name.ends_with(".json") ? "{\"findings\": " + Findings::instance().json() +
+                                                           ",\n\"launches\": " + counts_json() + "}\n"
+                                                     : Findings::instance().text() + counts_text(true);
+    const bool written = std::fwrite(text.data(), 1, text.size(), file) == text.size();
+    if (std::fclose(file) != 0 || !written || std::rename(temporary.c_str(), path) != 0)
+      failed();
+  }
+} reporter;
+
+}  // namespace

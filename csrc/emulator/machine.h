@@ -14,6 +14,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "look.h"
 #include "ptx.h"
 
 namespace pop::emulator {
@@ -28,6 +29,7 @@ inline constexpr uint64_t kLocalWindow = 0x0a00'0000'0000'0000;
 inline constexpr uint64_t kWindowMask = 0xff00'0000'0000'0000;
 
 struct Warp;
+struct WarpLook;
 struct Block;
 struct Instruction;
 struct Code;
@@ -131,6 +133,9 @@ struct Code {
   uint32_t frame_bytes = 0;
   uint32_t local_bytes = 0;
   bool entry = false;
+  std::vector<Look> looks;          // of each instruction; what a statement does is said at its last
+  std::vector<LaneSlot> registers;  // of the function
+  uint32_t first_id = 0;            // of its instructions in the kernel
 };
 
 struct Parameter {
@@ -150,7 +155,9 @@ struct Kernel {
   uint32_t static_shared = 0;
   uint32_t local_bytes = 0;  // per thread, for everything it calls
   bool recursive = false;
-  bool reserved_shared = false;  // uses the kilobyte of shared memory that the system keeps for itself
+  bool reserved_shared = false;            // uses the kilobyte of shared memory that the system keeps for itself
+  uint32_t instructions = 0;               // of all codes
+  std::vector<const Code*> ordered_codes;  // by first_id
   int registers = 32;
   int max_threads = 1024;
   int max_dynamic_shared = 48 * 1024;
@@ -163,7 +170,8 @@ struct Frame {
   const Call* call = nullptr;
   uint32_t return_pc = 0;
   uint32_t local_base = 0;
-  uint32_t lanes = 0;  // still inside
+  uint32_t lanes = 0;          // still inside
+  uint32_t* shadow = nullptr;  // which values were never written (checks.cpp)
 };
 
 // Where lanes that diverged meet again. Lanes that wait here may be let go early, if the others spin: they then go on
@@ -202,7 +210,8 @@ struct Warp {
   uint64_t issued = 0;  // warp instructions so far: also its clock
   Block* block = nullptr;
   const Instruction* current = nullptr;
-  Frame* frame = nullptr;  // current
+  Frame* frame = nullptr;    // current
+  WarpLook* look = nullptr;  // where launches are looked at (checks.h)
 
   // What the scheduler uses.
   uint64_t writes = 0;   // stores, and atomics that changed something
@@ -211,6 +220,8 @@ struct Warp {
   uint32_t present = 0;  // lanes that exist at all
   bool spinning = false;
   uint32_t spins = 0, stalls = 0;
+  uint64_t slice = 0;       // instructions left of its turn, in launches that are looked at
+  uint64_t turns_spun = 0;  // in a row
   Frame* entry = nullptr;
   std::deque<Fragment> ready;
   std::vector<Fragment> parked;  // wait for other lanes of this warp
@@ -249,12 +260,14 @@ struct LaunchRequest {
   uint32_t dynamic_shared = 0;
   bool cooperative = false;  // all blocks resident: they may synchronise
   std::vector<uint8_t> parameters;
+  std::vector<std::pair<uint32_t, uint32_t>> concurrent;  // warps of earlier launches that nothing orders before this
 };
 
 struct LaunchResult {
   int code = 0;
   std::string message;
   uint64_t warp_instructions = 0;
+  std::pair<uint32_t, uint32_t> warps{0, 0};  // by which looking knows it
 };
 
 struct DeviceLimits {
@@ -275,6 +288,9 @@ int occupancy(const Kernel& kernel, uint32_t threads, uint32_t dynamic_shared);
 
 // Runs a grid to its end.
 LaunchResult run_grid(const LaunchRequest& request);
+
+// The name of a source file of -lineinfo; empty if unknown.
+std::string source_file(const Kernel& kernel, int index);
 
 // Where a statement stands, for messages.
 std::string describe(const Code& code, const Instruction& instruction);

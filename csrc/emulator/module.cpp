@@ -38,6 +38,12 @@ const DeviceLimits& device_limits() {
 uint32_t stack_limit() { return g_stack_limit; }
 void set_stack_limit(uint32_t bytes) { g_stack_limit = bytes; }
 
+std::string source_file(const Kernel& kernel, int index) {
+  const auto& files = kernel.module->ptx.files;
+  const auto at = files.find(index);
+  return at == files.end() ? "" : at->second;
+}
+
 Module::~Module() {
   for (const auto& [variable, address] : addresses) Memory::instance().release(address);
 }

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <thread>
 
+#include "checks.h"
 #include "fatbinary.h"
 #include "memory.h"
 #include "schedule.h"
@@ -50,6 +51,8 @@ bool valid_stream(cudaStream_t stream) {
   const std::lock_guard lock(r.mutex);
   return r.streams.contains(stream);
 }
+
+uint64_t stream_number(cudaStream_t stream) { return reinterpret_cast<uintptr_t>(stream) <= 2 ? 0 : stream->id; }
 
 CUstream_st* capturing(cudaStream_t stream) {
   return reinterpret_cast<uintptr_t>(stream) > 2 && stream->capture ? stream : nullptr;
@@ -136,7 +139,9 @@ cudaError_t prepare_launch(const void* function, dim3 grid, dim3 block, void** a
   work = [request]() -> cudaError_t {
     Runtime& r = Runtime::instance();
     const auto began = std::chrono::steady_clock::now();
+    if (look_settings().checks & kCheckRace) request->concurrent = StreamOrder::instance().concurrent();
     const LaunchResult result = run_grid(*request);
+    StreamOrder::instance().launched(result.warps);
     const std::lock_guard lock(r.mutex);
     r.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
     r.warp_instructions += result.warp_instructions;
@@ -184,7 +189,21 @@ cudaError_t check_copy(const void* to, const void* from, size_t bytes, cudaMemcp
   }
 }
 
+// Whether the host reads these bytes as its own.
+bool of_the_host(const void* p) {
+  const auto a = Memory::instance().find(p);
+  return !a || a->kind == Allocation::Kind::kPinned || a->kind == Allocation::Kind::kRegistered;
+}
+
 cudaError_t copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height) {
+  if (Memory::instance().tracking()) {
+    const bool leaves = of_the_host(to) && !of_the_host(from);
+    for (size_t row = 0; row < height; ++row) {
+      const char* const source = static_cast<const char*>(from) + row * from_pitch;
+      if (leaves && !host_reads(source, width, "a copy to the host")) break;
+      if (!leaves) Memory::instance().copy_written(static_cast<char*>(to) + row * to_pitch, source, width);
+    }
+  }
   const bool done = guarded([&] {
     for (size_t row = 0; row < height; ++row)
       std::memmove(static_cast<char*>(to) + row * to_pitch, static_cast<const char*>(from) + row * from_pitch, width);
@@ -199,7 +218,9 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, 
   if (!async) {
     if (const cudaError_t e = forbidden_in_capture(stream, true)) return e;
   }
-  return submit(stream, cudaGraphNodeTypeMemcpy, [=] { return copy_rows(to, 0, from, 0, bytes, 1); });
+  const cudaError_t e = submit(stream, cudaGraphNodeTypeMemcpy, [=] { return copy_rows(to, 0, from, 0, bytes, 1); });
+  if (!async) StreamOrder::instance().host_waits(StreamOrder::instance().at(stream_number(stream)));
+  return e;
 }
 
 cudaError_t copy_2d(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height,
@@ -228,7 +249,10 @@ cudaError_t fill_2d(void* to, size_t pitch, int value, size_t width, size_t heig
   if (height > (size_t{1} << 40) / pitch || !to || !device_span(to, (height - 1) * pitch + width))
     return cudaErrorInvalidValue;
   return submit(stream, cudaGraphNodeTypeMemset, [=] {
-    for (size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(to) + row * pitch, value, width);
+    for (size_t row = 0; row < height; ++row) {
+      std::memset(static_cast<char*>(to) + row * pitch, value, width);
+      Memory::instance().mark_written(static_cast<char*>(to) + row * pitch, width);
+    }
     return cudaSuccess;
   });
 }
@@ -281,6 +305,12 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
   if (!valid_stream(stream)) return cudaErrorInvalidResourceHandle;
   std::function<cudaError_t()> work;
   if (const cudaError_t e = prepare_launch(function, grid, block, arguments, shared, work, cooperative)) return e;
+  if (Runtime& r = Runtime::instance(); r.expects_stream && r.expected_stream.load() != stream) {
+    Finding f;
+    f.rule = "stream", f.message = "a launch on another stream than the one expected";
+    f.spot.kernel = find_kernel(function)->name;
+    Findings::instance().add(std::move(f));
+  }
   cudaKernelNodeParams parameters{};
   parameters.func = const_cast<void*>(function);
   parameters.gridDim = grid;
@@ -852,6 +882,7 @@ POP_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   return cudaSuccess;
 }
 POP_API cudaError_t cudaDeviceSynchronize() {
+  StreamOrder::instance().host_waits_for_all();
   if (const cudaError_t e = sticky()) return record(e);
   return record(forbidden_in_capture(nullptr, true));
 }
@@ -942,6 +973,7 @@ POP_API cudaError_t cudaFree(void* p) {
   if (const cudaError_t e = forbidden_in_capture(nullptr, true)) return record(e);
   const auto a = Memory::instance().find(p);
   if (!a || a->kind == Allocation::Kind::kVariable) return record(cudaErrorInvalidValue);
+  StreamOrder::instance().host_waits_for_all();
   return record(Memory::instance().release(p) ? cudaSuccess : cudaErrorInvalidValue);
 }
 POP_API cudaError_t cudaFreeAsync(void* p, cudaStream_t stream) {
@@ -1099,6 +1131,7 @@ POP_API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 POP_API cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   if (const cudaError_t e = sticky()) return record(e);
+  StreamOrder::instance().host_waits(StreamOrder::instance().at(stream_number(stream)));
   return record(forbidden_in_capture(stream, false));
 }
 POP_API cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
@@ -1164,6 +1197,7 @@ POP_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t str
     return cudaSuccess;
   }
   event->capture.reset();
+  event->done = StreamOrder::instance().at(stream_number(stream));
   event->recorded = true;
   event->time = std::chrono::steady_clock::now();
   return cudaSuccess;
@@ -1177,6 +1211,7 @@ POP_API cudaError_t cudaEventQuery(cudaEvent_t event) {
     event->capture->invalid = true;
     return record(cudaErrorCapturedEvent);
   }
+  StreamOrder::instance().host_waits(event->done);
   return record(sticky());
 }
 POP_API cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaEventQuery(event); }

@@ -19,6 +19,7 @@
 
 #include "machine.h"
 #include "module.h"
+#include "stream_order.h"
 
 struct CUgraphNode_st {
   cudaGraphNodeType type = cudaGraphNodeTypeEmpty;
@@ -65,6 +66,7 @@ struct CUevent_st {
   std::chrono::steady_clock::time_point time;
   std::shared_ptr<pop::emulator::Capture> capture;
   std::vector<cudaGraphNode_t> tail;
+  pop::emulator::StreamClock done;  // what the event stands for
 };
 
 namespace pop::emulator {
@@ -114,6 +116,8 @@ struct Runtime {
   uint64_t launches = 0;
   double seconds = 0;  // spent in them
   unsigned long long next_id = 1;
+  std::atomic<bool> expects_stream{false};  // launches on another are findings
+  std::atomic<cudaStream_t> expected_stream{nullptr};
 
   static Runtime& instance();
 };
@@ -122,6 +126,7 @@ cudaError_t record(cudaError_t error);  // remembers a failure as the thread's l
 void say(const std::string& message);   // keeps it, and prints it once for a person to read
 
 bool valid_stream(cudaStream_t stream);
+uint64_t stream_number(cudaStream_t stream);  // 0: the default stream, by any of its names
 CUstream_st* capturing(cudaStream_t stream);  // the stream if it is being captured
 
 // Does the work now, or adds it to the graph being captured.

@@ -36,6 +36,8 @@ cudaError_t submit(cudaStream_t stream, cudaGraphNodeType type, std::function<cu
         return cudaErrorStreamCaptureImplicit;
       }
   }
+  const uint64_t number = stream_number(stream);
+  StreamOrder::instance().enqueue(number, number && !(stream->flags & cudaStreamNonBlocking));
   return work();
 }
 
@@ -181,6 +183,7 @@ POP_API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, 
       s->capture->invalid = true;
       return record(cudaErrorStreamCaptureIsolation);
     }
+    StreamOrder::instance().wait(stream_number(stream), event->done);
     return cudaSuccess;
   }
   if (!r.captures.contains(event->capture)) return record(cudaErrorInvalidValue);

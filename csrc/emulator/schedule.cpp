@@ -13,6 +13,7 @@
 #include <functional>
 #include <thread>
 
+#include "checks.h"
 #include "machine.h"
 #include "module.h"
 
@@ -67,16 +68,21 @@ struct Block {
   uint64_t fruitless = 0;  // slices spent in spins since the grid last changed
   uint64_t seen_writes = 0;
   Warp* running = nullptr;
+  BlockLook look;  // where the launch is looked at
 
   explicit Block(Grid& grid);
   void reset(uint64_t index);
   bool run();  // true: done; false: it spins, and others should run
   uint64_t writes() const;
   std::string where() const;
+  void report_deadlock(const std::string& message) const;
 
  private:
   void run_warp(Warp& w);
+  template <bool kLooks>
   void run_fragment(Warp& w, Fragment f);
+  Warp* choose_warp();
+
   void fill_presets(Warp& w, Frame& frame);
   Frame* make_frame(Warp& w, const Code& code);
   Join* make_join(Warp& w, Frame* frame, uint32_t pc, uint32_t expected, uint32_t arrived, Join* parent);
@@ -103,6 +109,7 @@ struct Grid {
   alignas(8) uint32_t workspace[2] = {8, 0};  // of a cooperative launch: its size, and the grid's barrier
 
   std::mutex mutex;
+  std::unique_ptr<Looks> looks;
   std::condition_variable changed;
   std::deque<std::unique_ptr<Block>> suspended;
   std::vector<std::unique_ptr<Block>> spare;
@@ -114,6 +121,22 @@ struct Grid {
   int code = 0;
   std::string message;
   std::chrono::steady_clock::time_point last_change = std::chrono::steady_clock::now();
+
+  // In a launch that is looked at, the seed decides which block comes next; adversarially, all that can be resident are
+  // first, and then the one that it puts first runs ahead, unless it spins.
+  bool admits() {
+    if (!looks || looks->settings.schedule == Schedule::kRoundRobin) return admit_next;
+    return looks->settings.schedule == Schedule::kAdversarial || looks->random() % 3 == 0;
+  }
+  size_t choose_suspended() {
+    if (!looks || looks->settings.schedule == Schedule::kRoundRobin) return 0;
+    if (looks->settings.schedule == Schedule::kRandom) return looks->random() % suspended.size();
+    size_t best = 0;
+    const auto rank = [&](size_t k) { return std::pair(suspended[k]->fruitless, suspended[k]->look.priority); };
+    for (size_t k = 1; k < suspended.size(); ++k)
+      if (rank(k) < rank(best)) best = k;
+    return best;
+  }
 
   void fail(int fault_code, std::string text) {
     const std::lock_guard lock(mutex);
@@ -166,6 +189,7 @@ void Block::reset(uint64_t new_index) {
     const uint32_t count = std::min<uint32_t>(kLanes, grid->threads - w->index * kLanes);
     w->present = w->live = count == kLanes ? kAllLanes : (1u << count) - 1;
     w->spins = w->stalls = 0;
+    w->turns_spun = 0;
     w->polls = 0;
     w->ready.clear();
     w->parked.clear();
@@ -174,6 +198,7 @@ void Block::reset(uint64_t new_index) {
     fill_presets(*w, *w->entry);
     w->ready.push_back({0, w->live, w->entry, nullptr});
   }
+  if (grid->looks) grid->looks->begin_block(look, index, id, warps, shared.get(), shared_bytes);
 }
 
 uint64_t Block::writes() const {
@@ -361,6 +386,7 @@ void Block::make_ready(Warp& w, Fragment f) {
 }
 
 void Block::exit_lanes(Warp& w, uint32_t mask, Join* join, Frame* frame) {
+  if (grid->looks) grid->looks->exit(w, mask);
   w.live &= ~mask;
   live -= static_cast<uint32_t>(std::popcount(mask));
   for (Frame* f = frame; f;) {
@@ -408,7 +434,10 @@ void Block::release_parked(Warp& w) {
     w.registers = f.frame->registers;
     w.active = together;
     w.current = &i;
-    i.run(w, i);
+    Frame* const frame = w.frame;
+    w.frame = f.frame;
+    if (!grid->looks || grid->looks->before(w, i, f.frame->code->looks[f.pc])) i.run(w, i);
+    w.frame = frame;
     w.registers = kept;
     w.active = active;
     w.current = current;
@@ -442,7 +471,10 @@ void Block::complete(Barrier& b) {
   std::vector<Waiting> waiting = std::move(b.waiting);
   const Barrier done{b.arrived, b.expected, b.population, b.all, b.any, {}};
   b = Barrier{};
+  const ClockRef clock =
+      grid->looks ? grid->looks->complete(look, static_cast<uint32_t>(&b - barriers.data())) : nullptr;
   for (const Waiting& entry : waiting) {
+    if (clock) grid->looks->pass(*entry.warp, entry.fragment.mask, clock);
     const Instruction& i = *entry.instruction;
     uint8_t* registers = entry.fragment.frame->registers;
     const uint32_t mask = entry.fragment.mask;
@@ -476,6 +508,7 @@ void Block::barrier(Warp& w, const Instruction& i, Fragment f, uint32_t active) 
       throw KernelFault{kIllegalInstruction, "a barrier's thread count must be a multiple of the warp size"};
     b.expected = count;
   }
+  if (grid->looks) grid->looks->arrive(w, i, f.frame->code->looks[f.pc], id, b.expected, active);
   const uint32_t p = w.predicate(i.slots[3]);
   // Counts are in whole warps: the last warp of an uneven block counts as a full one.
   b.arrived += b.expected && active == w.live ? kLanes : static_cast<uint32_t>(std::popcount(active));
@@ -631,20 +664,25 @@ void Block::call_builtin(Warp& w, const Call& call, Frame* frame, uint32_t mask)
       }
       case Builtin::kMalloc: {
         const uint64_t bytes = argument(0);
-        const auto p = reinterpret_cast<uint64_t>(bytes < (uint64_t{1} << 30) ? std::malloc(bytes) : nullptr);
+        const auto p = reinterpret_cast<uint64_t>(
+            bytes < (uint64_t{1} << 30) ? Memory::instance().allocate(bytes, Allocation::Kind::kHeap) : nullptr);
         std::memcpy(local + call.results[0].to, &p, 8);
         break;
       }
       case Builtin::kFree:
-        std::free(reinterpret_cast<void*>(argument(0)));
+        Memory::instance().release(reinterpret_cast<void*>(argument(0)));
         break;
       case Builtin::kNone:
         break;
     }
+    if (grid->looks)
+      for (const ArgumentCopy& result : call.results)
+        grid->looks->write_local(w, static_cast<uint32_t>(lane), frame->local_base + result.to, result.bytes);
   }
 }
 
 // Runs lanes until they wait, exit, or have had their turn.
+template <bool kLooks>
 void Block::run_fragment(Warp& w, Fragment f) {
   uint32_t pc = f.pc, mask = f.mask;
   Frame* frame = f.frame;
@@ -685,6 +723,11 @@ void Block::run_fragment(Warp& w, Fragment f) {
           const uint32_t from = callee->code->local_offsets.at(formals[k]);
           std::memcpy(local + callee->caller->local_base + call.results[k].to, local + callee->local_base + from,
                       std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes));
+          if constexpr (kLooks)
+            grid->looks->copy_local(
+                w, static_cast<uint32_t>(std::countr_zero(m)), callee->caller->local_base + call.results[k].to,
+                callee->local_base + from,
+                static_cast<uint32_t>(std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes)));
         }
       }
       pc = callee->return_pc;
@@ -695,13 +738,32 @@ void Block::run_fragment(Warp& w, Fragment f) {
       continue;
     }
     const Instruction& i = code[pc];
+    if constexpr (kLooks) {
+      if (w.slice == 0) {  // another warp's turn
+        w.ready.push_front({pc, mask, frame, join});
+        return;
+      }
+      --w.slice;
+    }
     const uint32_t active = mask & (w.predicate(i.guard) ^ i.guard_flip);
     ++w.issued;
+    if constexpr (kLooks) {
+      w.active = active;
+      w.current = &i;
+      if (const Look& look = frame->code->looks[pc]; look.last) {
+        grid->looks->issued(w, look, mask, active);
+        // What lanes do together is looked at when they have come together.
+        if (active && i.kind != Kind::kWarpSync && !grid->looks->before(w, i, look)) {
+          ++pc;
+          continue;
+        }
+      }
+    }
     if (active == 0) {
       ++pc;
       continue;
     }
-    w.active = active;
+    if constexpr (!kLooks) w.active = active;
     w.current = &i;
     if (i.kind == Kind::kPlain) [[likely]] {
       i.run(w, i);
@@ -809,6 +871,15 @@ void Block::run_fragment(Warp& w, Fragment f) {
                         std::min<uint64_t>(call.arguments[k].bytes, formals[k]->bytes));
         }
         fill_presets(w, *next);
+        if constexpr (kLooks) {
+          grid->looks->new_frame(w, *next, mask);
+          for (uint32_t m = mask; m; m &= m - 1)
+            for (size_t k = 0; k < call.arguments.size(); ++k)
+              grid->looks->copy_local(
+                  w, static_cast<uint32_t>(std::countr_zero(m)),
+                  next->local_base + callee->local_offsets.at(formals[k]), frame->local_base + call.arguments[k].from,
+                  static_cast<uint32_t>(std::min<uint64_t>(call.arguments[k].bytes, formals[k]->bytes)));
+        }
         enter(next);
         join_at(join);
         pc = 0;
@@ -821,7 +892,9 @@ void Block::run_fragment(Warp& w, Fragment f) {
       case Kind::kWarpSync: {
         const uint32_t members = w.lanes<uint32_t>(i.slots[0])[std::countr_zero(active)] & w.live;
         if ((members & ~active) == 0) {
-          i.run(w, i);
+          bool runs = true;
+          if constexpr (kLooks) runs = grid->looks->before(w, i, frame->code->looks[pc]);
+          if (runs) i.run(w, i);
           ++pc;
           break;
         }
@@ -845,11 +918,41 @@ void Block::run_warp(Warp& w) {
   running = &w;
   w.spinning = false;
   const uint64_t began = w.issued;
-  while (!w.ready.empty() && !w.spinning && w.issued - began < kSlice) {
-    const Fragment f = w.ready.front();
-    w.ready.pop_front();
-    run_fragment(w, f);
+  Looks* const looks = grid->looks.get();
+  if (!looks) {
+    while (!w.ready.empty() && !w.spinning && w.issued - began < kSlice) {
+      const Fragment f = w.ready.front();
+      w.ready.pop_front();
+      run_fragment<false>(w, f);
+    }
+    return;
   }
+  const bool random = looks->settings.schedule == Schedule::kRandom;
+  w.slice = random ? 1 + looks->random() % (looks->random() % 4 ? 16 : 256) : kSlice;
+  while (!w.ready.empty() && !w.spinning && w.slice) {
+    const size_t at = random ? looks->random() % w.ready.size() : 0;
+    const Fragment f = w.ready[at];
+    w.ready.erase(w.ready.begin() + static_cast<long>(at));
+    run_fragment<true>(w, f);
+  }
+}
+
+// Of a launch that is looked at, the warp whose turn it is: any, or always the one that the seed puts first, which then
+// runs ahead of all others until it has to wait. Warps that spin let the others go first.
+Warp* Block::choose_warp() {
+  Looks& looks = *grid->looks;
+  Warp* best = nullptr;
+  uint32_t count = 0;
+  for (auto& w : warps) {
+    if (w->ready.empty()) continue;
+    if (looks.settings.schedule == Schedule::kRandom) {
+      if (looks.random() % ++count == 0) best = w.get();
+    } else {
+      const auto rank = [](const Warp& x) { return std::pair(x.turns_spun, x.look->priority); };
+      if (!best || rank(*w) < rank(*best)) best = w.get();
+    }
+  }
+  return best;
 }
 
 bool Block::run() {
@@ -861,13 +964,21 @@ bool Block::run() {
     grid->instructions += after - before;
     before = after;
   };
+  const bool in_order = !grid->looks || grid->looks->settings.schedule == Schedule::kRoundRobin;
   for (;;) {
     bool any = false, spinning = false;
-    for (auto& w : warps) {
-      if (w->ready.empty()) continue;
+    if (in_order) {
+      for (auto& w : warps) {
+        if (w->ready.empty()) continue;
+        any = true;
+        run_warp(*w);
+        spinning |= w->spinning;
+      }
+    } else if (Warp* const w = choose_warp()) {
       any = true;
       run_warp(*w);
-      spinning |= w->spinning;
+      w->turns_spun = w->spinning ? w->turns_spun + 1 : 0;
+      spinning = w->spinning;
     }
     if (live == 0) {
       account();
@@ -885,6 +996,20 @@ bool Block::run() {
       return false;
     }
   }
+}
+
+// The finding names a thread that waits, and where.
+void Block::report_deadlock(const std::string& message) const {
+  for (const Barrier& b : barriers)
+    for (const Waiting& entry : b.waiting) return grid->looks->deadlock(message, *entry.warp, entry.fragment);
+  for (const auto& w : warps)
+    for (const auto* list : {&w->parked})
+      for (const Fragment& f : *list) return grid->looks->deadlock(message, *w, f);
+  for (const auto& w : warps)
+    for (const Fragment& f : w->ready) return grid->looks->deadlock(message, *w, f);
+  for (const auto& w : warps)
+    for (const Join* j : w->joins)
+      if (j->arrived) return grid->looks->deadlock(message, *w, {j->pc, j->arrived, j->frame, nullptr});
 }
 
 std::string Block::where() const {
@@ -965,7 +1090,9 @@ bool guarded_run(Grid& grid, Block& block) {
     return done;
   } catch (const KernelFault& fault) {
     fault_return = nullptr;
-    const std::string at = fault.message.starts_with("deadlock") ? "" : ": " + fault_place(block, block.running);
+    const bool deadlock = fault.message.starts_with("deadlock");
+    const std::string at = deadlock ? "" : ": " + fault_place(block, block.running);
+    if (deadlock && grid.looks) block.report_deadlock(fault.message);
     grid.fail(fault.code, fault.message + at);
   } catch (const std::exception& error) {
     fault_return = nullptr;
@@ -988,7 +1115,7 @@ void work(Grid& grid) {
     if (grid.failed || grid.finished == grid.total) break;
     std::unique_ptr<Block> block;
     const bool can_admit = grid.next < grid.total && grid.resident < grid.limit;
-    if (can_admit && (grid.suspended.empty() || grid.admit_next)) {
+    if (can_admit && (grid.suspended.empty() || grid.admits())) {
       const uint64_t index = grid.next++;
       ++grid.resident;
       grid.admit_next = false;
@@ -1007,8 +1134,9 @@ void work(Grid& grid) {
         break;
       }
     } else if (!grid.suspended.empty()) {
-      block = std::move(grid.suspended.front());
-      grid.suspended.pop_front();
+      const size_t at = grid.choose_suspended();
+      block = std::move(grid.suspended[at]);
+      grid.suspended.erase(grid.suspended.begin() + static_cast<long>(at));
       grid.admit_next = true;
       lock.unlock();
     } else {
@@ -1041,6 +1169,7 @@ void work(Grid& grid) {
                           deadlock_seconds()) {
         std::string text = "deadlock: every resident block spins and none writes";
         for (const auto& other : grid.suspended) text += text.size() < 4000 ? other->where() : "";
+        if (grid.looks && !grid.suspended.empty()) grid.suspended.front()->report_deadlock(text);
         if (!grid.failed.exchange(true)) grid.code = kLaunchTimeout, grid.message = text;
       }
     }
@@ -1057,10 +1186,10 @@ class Pool {
     return *pool;
   }
 
-  void run(Grid& grid) {
+  void run(Grid& grid, uint64_t most = ~uint64_t{0}) {
     const std::lock_guard one_at_a_time(run_mutex_);
     ensure_started();
-    const size_t wanted = static_cast<size_t>(std::min<uint64_t>(threads_.size(), grid.total));
+    const size_t wanted = static_cast<size_t>(std::min<uint64_t>({threads_.size(), grid.total, most}));
     std::unique_lock lock(mutex_);
     grid_ = &grid;
     wanted_ = busy_ = wanted;
@@ -1134,9 +1263,22 @@ LaunchResult run_grid(const LaunchRequest& request) {
                static_cast<uint64_t>(device_limits().sm_count);
   grid.local_stride =
       (request.kernel->local_bytes + (request.kernel->recursive ? kFrameRoom * stack_limit() : 0) + 63) / 64 * 64;
-  Pool::instance().run(grid);
+  if (!look_settings().any()) {
+    Pool::instance().run(grid);
+    std::fflush(stdout);
+    return {grid.code, grid.message, grid.instructions, {}};
+  }
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  grid.looks = std::make_unique<Looks>(grid.request, grid.warps, look_settings());
+  grid.looks->set_memory(grid.request.parameters.data(), grid.request.parameters.size(), grid.workspace,
+                         sizeof(grid.workspace));
+  const std::pair<uint32_t, uint32_t> warps = grid.looks->warps();
+  Pool::instance().run(grid, 1);
   std::fflush(stdout);
-  return {grid.code, grid.message, grid.instructions};
+  grid.suspended.clear(), grid.spare.clear();
+  grid.looks.reset();
+  return {grid.code, grid.message, grid.instructions, warps};
 }
 
 }  // namespace pop::emulator

@@ -4,6 +4,7 @@ One is built and run by default; POP_EMULATOR_ALL_CUTLASS=1 builds the others, t
 """
 
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
@@ -65,8 +66,41 @@ def test_gemm(name, build, run_cuda, tmp_path):
     program = build(source)
     for problem in problems:
         print(name, run_cuda.execute(program, *map(str, problem)).stdout.strip())
+    for schedule, seed in SCHEDULES:
+        assert look(run_cuda, program, problems[-1], tmp_path, schedule, seed)["findings"] == []
+    if name == "bf16_128x128x32_4":
+        check_totals(look(run_cuda, program, (512, 512, 512), tmp_path, "roundrobin", 0)["launches"][0])
 
 
-def test_collective(build, run_cuda):
+def test_collective(build, run_cuda, tmp_path):
     only_on_request("collective")
-    print("collective", run_cuda.execute(build(COLLECTIVE)).stdout.strip())
+    program = build(COLLECTIVE)
+    print("collective", run_cuda.execute(program).stdout.strip())
+    for schedule, seed in SCHEDULES:
+        assert look(run_cuda, program, (), tmp_path, schedule, seed)["findings"] == []
+
+
+SCHEDULES = [("roundrobin", 0), ("random", 1), ("random", 2), ("adversarial", 1), ("adversarial", 2)]
+
+
+def look(run_cuda, program, problem, folder, schedule, seed) -> dict:
+    """Runs with every check and all counts."""
+    report = folder / "report.json"
+    environment = {"POP_EMULATOR_CHECK": "all", "POP_EMULATOR_COUNT": "1", "POP_EMULATOR_REPORT": str(report)}
+    environment |= {"POP_EMULATOR_SCHEDULE": schedule, "POP_EMULATOR_SEED": str(seed)}
+    run_cuda.execute(program, *map(str, problem), environment=environment)
+    return json.loads(report.read_text())
+
+
+def check_totals(launch) -> None:
+    """M = N = K = 512, tiles of 128 x 128 x 32: 16 blocks take 16 steps each."""
+    assert launch["operations"] == 2 * 512**3
+    assert launch["classes"]["tensor"]["issued"] == 512**3 // (16 * 8 * 16)
+    copies = [i for i in launch["instructions"] if i["class"] == "async_copy"]
+    assert sum(i["bytes"] for i in copies) == 16 * 16 * (128 + 128) * 32 * 2  # rows of A and B, bf16
+    assert sum(i["sectors"] for i in copies) == sum(i["bytes"] for i in copies) // 32
+    sizes = {"distinct_read": [0, 512 * 512 * 2, 512 * 512 * 2], "distinct_written": [0, 0, 512 * 512 * 2]}
+    for key, expected in sizes.items():
+        assert sorted(a[key] for a in launch["allocations"]) == expected
+    (main,) = [loop for loop in launch["loops"] if loop["main"]]
+    assert main["trips"] == 16 * 4 * 16 and main["operations"] == launch["operations"]

@@ -1,0 +1,77 @@
+"""The README's table of fidelity: calibration on the default text, every method, long contexts, copying and retrieval.
+
+python bench/fidelity.py MODEL_FOLDER --text FILE [--prefill-depth 20] [--refine STEPS] [--json FILE]
+
+Runs the `pop` commands as anyone would, and prints their rows as Markdown.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CONTEXTS = (512, 1024, 2048, 4096)
+
+
+def pop(*arguments) -> str:
+    """What a command prints; its progress bar goes to the terminal."""
+    command = [sys.executable, "-m", "pop_ext.cli", *map(str, arguments)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def row(cells) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def show(title: str, rows: list[dict], exact: bool = False) -> None:
+    print(f"\n{title}\n")
+    header = ["prompt tokens", "layers", "method", "KL, nats a token (95%)", "perplexity", "top-1", "prefill"]
+    header = [*header[:-1], "all exact", "prefill"] if exact else header
+    print(row(header), row(["---"] * len(header)), sep="\n")
+    for r in rows:
+        cells = [r["prompt_tokens"], r["prefill_depth"], r["method"]]
+        cells += [f"{r['kl']:.4f} ({r['kl_interval'][0]:.4f} to {r['kl_interval'][1]:.4f})", f"{r['perplexity']:.2f}"]
+        cells += [f"{r['top1_agreement']:.1%}", *([f"{r['exact_answers']:.0%}"] if exact else [])]
+        print(row([*cells, f"{r['prefill_seconds']:.3f} s"]))
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, metavar="MODEL_FOLDER")
+    parser.add_argument("--text", type=Path, required=True, help="text that is not calibrated on")
+    parser.add_argument("--calibration-text", type=Path, help="instead of the default text")
+    parser.add_argument("--prefill-depth", action="append", help="12 or 0.7; by default two thirds and a half")
+    parser.add_argument("--refine", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--json", type=Path, help="also write all rows to this file")
+    arguments = parser.parse_args()
+    depths = [x for depth in arguments.prefill_depth or ("0.67", "0.5") for x in ("--prefill-depth", depth)]
+    name = arguments.model.name
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "calibration.safetensors"
+        text = ("--text", arguments.calibration_text) if arguments.calibration_text else ()
+        provenance = json.loads(
+            pop("calibrate", arguments.model, *depths, *text, "--output", file, "--refine", arguments.refine, "--json")
+        )
+        print(
+            f"{name}: calibrated on {provenance['tokens']} tokens in {provenance['seconds']:.0f} s, "
+            f"after {provenance['sampling_seconds']:.0f} s of sampling"
+        )
+        common = ("evaluate", arguments.model, *depths, "--calibration", file, "--text", arguments.text, "--json")
+        results = {"methods": json.loads(pop(*common))}
+        show("Methods", results["methods"])
+        methods = ("--method", "pop_own", "--method", "pop_calibrated")
+        lengths = [x for length in CONTEXTS for x in ("--prompt-tokens", length)]
+        results["contexts"] = json.loads(pop(*common, *methods, *lengths, "--prompts", 16))
+        show("Context length, 16 prompts each", results["contexts"])
+        for planted in ("retrieval", "copying"):
+            results[planted] = json.loads(pop(*common, *methods, "--planted", planted))
+            show(f"{planted.capitalize()} from the prompt", results[planted], exact=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

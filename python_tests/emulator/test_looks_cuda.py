@@ -1,0 +1,44 @@
+"""The same of programs that nvcc compiled: findings with source lines, streams, copies to the host, CUTLASS."""
+
+import json
+import pathlib
+
+import pytest
+
+SOURCE = pathlib.Path(__file__).with_name("looks.cu")
+LINES = SOURCE.read_text().split("\n")
+
+
+@pytest.fixture(scope="module")
+def look(run_cuda):
+    program = run_cuda(SOURCE, "none", flags=("-arch=sm_80", "-lineinfo")).args[0]
+
+    def run(mode, folder, schedule="roundrobin", seed=0):
+        report = folder / "report.json"
+        environment = {"POP_EMULATOR_CHECK": "all", "POP_EMULATOR_REPORT": str(report), "POP_EMULATOR_QUIET": "1"}
+        environment |= {"POP_EMULATOR_SCHEDULE": schedule, "POP_EMULATOR_SEED": str(seed)}
+        assert run_cuda.execute(program, mode, environment=environment).stdout == "done\n"
+        return json.loads(report.read_text())["findings"]
+
+    return run
+
+
+@pytest.mark.parametrize("mode, rule, mark", [("accumulator", "uninitialized", True), ("barrier", "race", True)])
+def test_source_lines(look, tmp_path, mode, rule, mark):
+    found = look(mode, tmp_path)
+    assert {f["rule"] for f in found} == {rule}
+    marks = [k for k, text in enumerate(LINES, 1) if text.endswith({"barrier": "// transpose"}.get(mode, "// " + mode))]
+    assert {f["source_line"] for f in found} == set(marks) and all(f["source"].endswith("looks.cu") for f in found)
+
+
+@pytest.mark.parametrize(
+    "mode, rule", [("output", "uninitialized-copy"), ("freed", "use-after-free"), ("streams", "race"), ("event", None)]
+)
+def test_the_runtime_looks(look, tmp_path, mode, rule):
+    assert {f["rule"] for f in look(mode, tmp_path)} == ({rule} if rule else set())
+
+
+@pytest.mark.parametrize("schedule", ["roundrobin", "random", "adversarial"])
+def test_right_programs_are_without_a_finding(look, tmp_path, schedule):
+    for seed in range(1 if schedule == "roundrobin" else 5):
+        assert look("right", tmp_path, schedule, seed) == []
