@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import open_safetensors
-from .kv_cache import BLOCK_SIZE
+from .kv_cache import BLOCK_SIZE, Visual
 from .text import write_whole
 
 FORMAT = "pop-calibration-1"
@@ -136,7 +136,7 @@ class Moments:
         return (weight * (self.xx @ weight - 2 * self.xy[layer])).sum(0) + self.yy[layer]
 
 
-def split(windows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+def split(windows: list) -> tuple[list, list]:
     """Windows to fit on, and those held out: every eighth, counted from the last."""
     held_out = set(range(len(windows) - 1, -1, -HELD_OUT))
     return (
@@ -175,9 +175,12 @@ def calibrate(
     windows: list[list[int]],
     depths: list[int],
     *,
+    visuals: list[list[Visual]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens."""
+    """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens; visuals[i] are the
+    images of windows[i].
+    """
     spec = model.spec
     for depth in depths:
         if not 1 <= depth < spec.num_layers:
@@ -186,18 +189,19 @@ def calibrate(
             )
     if len(windows) < 2:
         raise ValueError(f"the text has {len(windows)} windows, expected at least 2: one is held out")
+    pairs = list(zip(windows, visuals if visuals is not None else [[]] * len(windows), strict=True))
     depths = sorted(set(depths))
     rows = 2 * spec.num_kv_heads * spec.head_dim
     layers = {depth: range(depth + 1, spec.num_layers) for depth in depths}
     fitted, held_out = ({depth: Moments(layers[depth], spec.hidden_size, rows) for depth in depths} for _ in range(2))
     done = 0
     size = max(1, min(BATCH, model.max_tokens // (max(map(len, windows)) + BLOCK_SIZE)))
-    for part, moments in zip(split(windows), (fitted, held_out), strict=True):
+    for part, moments in zip(split(pairs), (fitted, held_out), strict=True):
         for start in range(0, len(part), size):
-            batch, inputs = part[start : start + size], {}
+            (batch, images), inputs = zip(*part[start : start + size], strict=True), {}
             # Anchors have true keys and values, and unlike any other token's.
             counted = torch.cat([torch.arange(len(window)) >= model.anchor_tokens for window in batch])
-            for layer, hidden in enumerate(model.hidden_states(batch)):
+            for layer, hidden in enumerate(model.hidden_states(list(batch), list(images))):
                 if layer == spec.num_layers:
                     break
                 x = normed(hidden[counted], spec.rms_norm_eps)

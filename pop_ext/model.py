@@ -91,6 +91,7 @@ class Batch:
             positions = torch.cat([sequence.positions(start, end) for sequence, start, end in runs], dim=1)
         self.cos, self.sin = rope(positions)  # [ropes, T, E / 2]
         self.spans = _spans(runs, self.max_context_len) if bidirectional_images else None
+        self.visual_rows, self.visual_features = _visual_rows(runs)
         self.angles = list(zip(self.cos, self.sin, strict=True))
 
 
@@ -284,22 +285,24 @@ class Model(GenerationMixin):
         return results
 
     @torch.no_grad()
-    def hidden_states(self, prompts: list[list[int]]) -> Iterator[Tensor]:
+    def hidden_states(self, prompts: list[list[int]], visuals: list[list[Visual]] | None = None) -> Iterator[Tensor]:
         """The hidden states [T, D] of all tokens of `prompts`, one prompt after the other, at full depth: before each
-        layer, and after the last, L + 1 in turn. Each prompt is a conversation of its own, and forgotten.
+        layer, and after the last, L + 1 in turn. Each prompt, with `visuals` as in `prefill`, is a conversation of its
+        own, and forgotten.
         """
         sequences = [self.new_sequence() for _ in prompts]
         self._check_prompts(sequences, prompts, "prompts")
+        for sequence, images in zip(sequences, _check_visuals(visuals, prompts, self.spec), strict=True):
+            for visual in images:
+                sequence.add(replace(visual))
         try:
             self.cache.grow(sequences, [len(prompt) for prompt in prompts])
             runs = [(sequence, 0, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
-            batch = Batch(runs, self.rope, bidirectional_images=False)
-            hidden = embedding(torch.tensor([token for prompt in prompts for token in prompt]), self.weights.embedding)
-            if self.spec.embedding_scale != 1:
-                hidden *= self.spec.embedding_scale
+            batch = Batch(runs, self.rope, self.spec.bidirectional_images)
+            hidden = self._embed([token for prompt in prompts for token in prompt], batch)
             for layer in range(self.spec.num_layers):
                 yield hidden
-                hidden = self._layer(layer, hidden, batch)
+                hidden = self._add_visual(layer, self._layer(layer, hidden, batch), batch)
             yield hidden
         finally:
             for sequence in sequences:
@@ -359,16 +362,9 @@ class Model(GenerationMixin):
         num_deep = sum(end - start for _, start, end in deep_runs)
 
         batch = Batch([(p.sequence, p.start, p.end) for p in pieces], self.rope, spec.bidirectional_images)
-        hidden = embedding(torch.tensor(token_ids), weights.embedding)
-        if spec.embedding_scale != 1:
-            hidden *= spec.embedding_scale
-        rows, features = _visual_rows(pieces, batch.query_starts.tolist())
-        if features is not None:
-            hidden[rows] = features[0]
+        hidden = self._embed(token_ids, batch)
         for layer in range(depth):
-            hidden = self._layer(layer, hidden, batch)
-            if features is not None and layer + 1 < len(features):  # DeepStack (arXiv 2406.04334)
-                hidden[rows] += features[layer + 1]
+            hidden = self._add_visual(layer, self._layer(layer, hidden, batch), batch)
         clock = times.add("truncated_prefill", clock)
 
         if num_deep < len(token_ids):
@@ -412,6 +408,21 @@ class Model(GenerationMixin):
             self.cache.keys[depth:],
             self.cache.values[depth:],
         )
+
+    def _embed(self, token_ids: list[int], batch: Batch) -> Tensor:
+        """The hidden states [T, D] before layer 0: embeddings, and for the tokens of images their features."""
+        hidden = embedding(torch.tensor(token_ids), self.weights.embedding)
+        if self.spec.embedding_scale != 1:
+            hidden *= self.spec.embedding_scale
+        if batch.visual_features is not None:
+            hidden[batch.visual_rows] = batch.visual_features[0]
+        return hidden
+
+    def _add_visual(self, index: int, hidden: Tensor, batch: Batch) -> Tensor:
+        """DeepStack (arXiv 2406.04334): visual features added, in place, after layer `index`, if it is of the first."""
+        if batch.visual_features is not None and index + 1 < len(batch.visual_features):
+            hidden[batch.visual_rows] += batch.visual_features[index + 1]
+        return hidden
 
     def _layer(self, index: int, hidden: Tensor, batch: Batch) -> Tensor:
         """hidden [T, D] before layer `index` -> after it; the tokens' keys and values go to the cache."""
@@ -491,22 +502,20 @@ def _chunks(pieces: list[Piece], size: int, whole_images: bool) -> Iterator[list
         yield chunk
 
 
-def _visual_rows(pieces: list[Piece], offsets: list[int]) -> tuple[Tensor | None, Tensor | None]:
-    """The rows of a forward pass that are tokens of images, and their features [1 + d, rows, D]; None without any.
-
-    offsets: the row at which each piece begins.
-    """
-    rows, features = [], []
-    for piece, offset in zip(pieces, offsets, strict=False):
-        for visual in piece.sequence.visuals:
-            low, high = max(visual.start, piece.start), min(visual.end, piece.end)
+def _visual_rows(runs: list[tuple[Sequence, int, int]]) -> tuple[Tensor | None, Tensor | None]:
+    """The rows of a forward pass that are tokens of images, and their features [1 + d, rows, D]; None without any."""
+    rows, features, offset = [], [], 0
+    for sequence, start, end in runs:
+        for visual in sequence.visuals:
+            low, high = max(visual.start, start), min(visual.end, end)
             if low < high:
-                rows.append(torch.arange(low, high) + (offset - piece.start))
+                rows.append(torch.arange(low, high) + (offset - start))
                 features.append(visual.features[:, low - visual.start : high - visual.start])
+        offset += end - start
     return (torch.cat(rows), torch.cat(features, dim=1)) if rows else (None, None)
 
 
-def _check_visuals(visuals, prompts, spec: ModelSpec, depth: int) -> list[list[Visual]]:
+def _check_visuals(visuals, prompts, spec: ModelSpec, depth: int | None = None) -> list[list[Visual]]:
     """A list of images for each prompt. ValueError unless they lie in their prompts in order, for this model, and the
     prefill depth is enough for them.
     """
@@ -526,7 +535,7 @@ def _check_visuals(visuals, prompts, spec: ModelSpec, depth: int) -> list[list[V
             end, shape = visual.end, tuple(visual.features.shape)
             if shape[1:] != (visual.end - visual.start, spec.hidden_size):
                 raise ValueError(f"visuals[{i}] has features of shape {shape}, expected (1 + d, tokens, hidden size)")
-            if depth < shape[0] - 1:
+            if depth is not None and depth < shape[0] - 1:
                 raise ValueError(
                     f"prefill_depth is {depth} layers, expected at least {shape[0] - 1} for a prompt with images: "
                     f"DeepStack adds visual features to the hidden state after each of the first {shape[0] - 1} layers"

@@ -24,6 +24,7 @@ from vision_models import tokenizer as tiny_tokenizer
 
 import pop_ext
 from pop_ext import cli
+from pop_ext.calibration import calibrate
 from pop_ext.generation import encode_prompt
 
 BOUND = 1e-5
@@ -374,6 +375,31 @@ def test_bfloat16(pair):
         assert all(visual.features.dtype == torch.bfloat16 for visual in visuals)
         (logits,) = model.logits([token_ids], [CONTINUATION], visuals=[visuals])
         assert normwise(logits, exact) <= 1.5 * normwise(theirs, exact)
+
+
+@torch.no_grad()
+def test_hidden_states(pair):
+    """Before every layer, of several prompts at once: after the last, transformers' logits."""
+    chosen = prompts(pair)[4:]
+    encoded = [pair.ours(text, images) for text, images in chosen]
+    states = list(pair.model.hidden_states([ids for ids, _ in encoded], [visuals for _, visuals in encoded]))
+    assert len(states) == pair.layers + 1
+    rows = states[-1].split([len(ids) for ids, _ in encoded])
+    for (text, images), last in zip(chosen, rows, strict=True):
+        expected = pair.peer(**pair.process(text, images)).logits[0]
+        assert normwise(pair.peer.lm_head(pair.peer.model.language_model.norm(last)), expected) <= BOUND
+
+
+def test_calibration_on_images(pair):
+    """Fitted to what the full model makes of these prompts: nearer to it than its own weights, on prompts held out."""
+    text, depth = f"the {pair.mark} and then", max(pair.deepstack, 2)
+    encoded = [pair.ours(text, [picture(40, 30, seed)]) for seed in range(64)]
+    visuals = [images for _, images in encoded]
+    result = calibrate(pair.model, [ids for ids, _ in encoded], [depth], visuals=visuals)
+    entry = result.provenance["depths"][str(depth)]
+    assert all(entry["error_after"][layer] < 0.9 * before for layer, before in entry["error_before"].items())
+    without = calibrate(pair.model, [pair.ours("the an and then", [])[0]] * 64, [depth])
+    assert normwise(without.projection(depth), result.projection(depth)) > 0.01
 
 
 # Video
