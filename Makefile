@@ -31,12 +31,12 @@ bench-kernels: build/emulator/lib/libcudart.so.13
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc bench -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: .venv/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc bench -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 # The operation tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the Python files in a folder of its own.
 sanitize: .venv/built
