@@ -5,7 +5,7 @@ NATIVE = $(shell find csrc -type f -not -path '*/emulator/*') CMakeLists.txt set
 SMOLLM2 = build/models/smollm2-135m
 SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 
-.PHONY: demo test bench bench-peers bench-kernels lint format sanitize
+.PHONY: demo test bench bench-peers bench-kernels lint format sanitize sanitize-emulator cutlass
 
 demo: $(SMOLLM2)
 	@$(BIN)/python bench/demo.py $(SMOLLM2)
@@ -47,6 +47,17 @@ sanitize: .venv/built
 	ln -sf $(CURDIR)/pop_ext/*.py build/sanitize/package/pop_ext/
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/package $(BIN)/python -m pytest $(SANITIZE_TESTS)
+
+# The software device's own tests on such a build of it.
+sanitize-emulator: .venv/built
+	PATH=$(BIN):$$PATH cmake -S csrc/emulator -B build/sanitize-emulator -G Ninja -DPOP_SANITIZE=address,undefined -DPOP_EMULATOR_ISAS=avx2 >build/sanitize.log
+	PATH=$(BIN):$$PATH cmake --build build/sanitize-emulator
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  POP_EMULATOR_PATH=$(CURDIR)/build/sanitize-emulator/lib $(BIN)/python -m pytest python_tests/emulator
+
+# All of CUTLASS's device GEMMs that the software device is tried on; `make test` has one of them.
+cutlass: build/emulator/lib/libcudart.so.13
+	POP_EMULATOR_ALL_CUTLASS=1 $(BIN)/python -m pytest python_tests/emulator/test_cutlass.py
 
 # The software CUDA device, which needs nvcc's headers, and nvcc to compile test programs for it; its tests skip without.
 build/emulator/lib/libcudart.so.13: .venv/built $(shell find csrc/emulator -type f)
