@@ -14,7 +14,6 @@
 #include <cmath>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
-#include <cute/arch/mma_sm80.hpp>
 #include <cute/swizzle_layout.hpp>
 
 #include "cuda/device.h"
@@ -99,13 +98,6 @@ struct Config {
   static_assert(!kNarrow || kKeyWarps * kRows * (kSumStride + 2) * 4 <= kSharedBytes);
   static_assert(kSharedBytes <= 99 * 1024);
 };
-
-template <typename T>
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  using Atom = std::conditional_t<std::is_same_v<T, bf16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
-                                  cute::SM80_16x8x16_F32F16F16F32_TN>;
-  Atom::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
-}
 
 __device__ inline void load_matrices(uint32_t (&to)[4], const unsigned char* from) {
   cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(from), to[0], to[1], to[2], to[3]);

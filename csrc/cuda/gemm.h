@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cute/arch/copy_sm80.hpp>
-#include <cute/arch/mma_sm80.hpp>
 #include <cute/swizzle_layout.hpp>
 
 #include "cuda/device.h"
@@ -21,15 +20,6 @@
 #include "cuda/shared.h"
 
 namespace pop::cuda {
-
-template <typename T>
-using MultiplyAtom = std::conditional_t<std::is_same_v<T, bf16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
-                                        cute::SM80_16x8x16_F32F16F16F32_TN>;
-
-template <typename T>
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  MultiplyAtom<T>::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
-}
 
 template <typename Epilogue>
 struct GemmParameters {

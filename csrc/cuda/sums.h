@@ -19,9 +19,10 @@ __device__ inline void unpack(const Floats& f, float (&v)[8]) {
   v[4] = f.high.x, v[5] = f.high.y, v[6] = f.high.z, v[7] = f.high.w;
 }
 
+/// As two vectors of 16 bytes, which the compiler may split where they are plain stores.
 __device__ inline void store_floats(float* to, const float (&v)[8]) {
-  reinterpret_cast<float4*>(to)[0] = {v[0], v[1], v[2], v[3]};
-  reinterpret_cast<float4*>(to)[1] = {v[4], v[5], v[6], v[7]};
+  __stwb(reinterpret_cast<float4*>(to), make_float4(v[0], v[1], v[2], v[3]));
+  __stwb(reinterpret_cast<float4*>(to) + 1, make_float4(v[4], v[5], v[6], v[7]));
 }
 
 __device__ inline void add(float (&v)[8], const Floats& f) {

@@ -78,6 +78,11 @@ LookSettings& look_settings() {
   return settings;
 }
 
+namespace {
+// From the environment before anything is allocated.
+[[maybe_unused]] const bool settings_are_read = (look_settings(), true);
+}  // namespace
+
 bool host_reads(const void* base, size_t bytes, const char* who) {
   if (!(look_settings().checks & kCheckInit)) return true;
   const Memory& memory = Memory::instance();
@@ -1127,17 +1132,11 @@ void Looks::race(Warp& w, const Look& k, const Word& word, const Stamp& e, bool 
   f.address = word.at;
   f.space = shared ? "shared" : "global";
   if (word.region) f.allocation = region_name(*word.region);
-  const auto verb = [](bool writes, bool asynchronous, bool strong) {
-    return std::string(asynchronous ? "an asynchronous copy "
-                       : strong     ? "a strong access "
-                                    : "") +
-           (writes ? "writes" : "reads");
-  };
-  f.message = verb(write, async, k.strength != Strength::kWeak && !async) + " " + f.space + " address " +
-              (shared ? std::to_string(word.at) : hex(word.at)) + ", which " +
-              verb(e.info & kWrite, e.info & kAsync, (e.info >> kStrengthShift & 3) != 0) +
-              (e.warp == w.look->id && e.lanes == word.lanes ? ", by the same thread," : " by another thread,") +
-              " without order between them";
+  const char* const who = e.warp == w.look->id && e.lanes == word.lanes ? "the same thread" : "another thread";
+  f.message = std::string(async ? "an asynchronous copy " : "") + (write ? "writes " : "reads ") + f.space +
+              " address " + (shared ? std::to_string(word.at) : hex(word.at)) + ", which " +
+              (e.info & kAsync ? std::string("an asynchronous copy of ") + who : who) +
+              (e.info & kWrite ? " writes" : " reads") + ", without order between them";
   f.second_role = e.info & kWrite ? "written at" : "read at";
   if (own) {
     f.second = spot_of(e.warp, instruction, first(e.lanes));
@@ -1353,7 +1352,8 @@ bool Looks::before(Warp& w, const Instruction& i, const Look& k) {
       if (checks & kCheckRace) touch_rows(w, k, a, store);
       if (checks & kCheckInit) flow_matrix(w, k, a);
       if (refused_ && (checks & kCheckMemory)) {  // a row that is not there: nothing happens
-        for (const LaneSlot& d : k.destinations) set(w, d, w.active, 0, 0, 0);
+        if (checks & kCheckInit)
+          for (const LaneSlot& d : k.destinations) set(w, d, w.active, 0, 0, 0);
         return false;
       }
       return true;

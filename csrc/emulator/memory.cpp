@@ -206,7 +206,6 @@ bool Memory::dismiss(const void* base) {
     if (!region || owned(at == allocations_.end() ? Allocation::Kind::kDevice : at->second.kind)) return true;
   }
   regions_.erase(region->base);
-  freed_.push_back({region->base, region->bytes, region->name, nullptr});
   for (const Registration& r : registrations_)
     if (r.bytes && r.base < region->base + region->bytes && region->base < r.base + r.bytes) {
       open(r.base, r.bytes, true, r.name);

@@ -41,7 +41,9 @@ void set_stack_limit(uint32_t bytes) { g_stack_limit = bytes; }
 std::string source_file(const Kernel& kernel, int index) {
   const auto& files = kernel.module->ptx.files;
   const auto at = files.find(index);
-  return at == files.end() ? "" : at->second;
+  if (at == files.end()) return "";
+  const std::string& name = at->second;  // in quotes, as the PTX has it
+  return name.size() >= 2 && name.front() == '"' ? name.substr(1, name.size() - 2) : name;
 }
 
 Module::~Module() {

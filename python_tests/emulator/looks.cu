@@ -11,7 +11,7 @@ __global__ void accumulate(const float* x, float* out, int n) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) sum += x[i];  // accumulator
   out[threadIdx.x] = sum;
 }
-__global__ void half(float* out) {
+__global__ void every_other(float* out) {
   if (threadIdx.x % 2 == 0) out[threadIdx.x] = 1;
 }
 __global__ void fill(float* out, float value) { out[blockIdx.x * blockDim.x + threadIdx.x] = value; }
@@ -98,12 +98,12 @@ int main(int argc, char** argv) {
   if (mode == "accumulator") {
     accumulate<<<1, 32>>>(x, y, 64);
   } else if (mode == "output") {
-    half<<<1, 32>>>(y);
+    every_other<<<1, 32>>>(y);
     OK(cudaMemcpy(host.data(), y, 128, cudaMemcpyDeviceToHost));
   } else if (mode == "freed") {
     OK(cudaFree(y));
     fill<<<1, 32>>>(y, 1);
-  } else if (mode == "barrier") {
+  } else if (mode == "transpose") {
     transpose<<<1, dim3(16, 16)>>>(x, y, false);
   } else if (mode == "streams" || mode == "event") {
     cudaStream_t a, b;
