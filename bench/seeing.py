@@ -12,6 +12,7 @@ has nine figures in a grid. Questions follow the picture, so that an answer has 
 """
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -37,7 +38,8 @@ SPECIAL = {
 }
 SIDE = 64  # pixels of a picture
 IMAGE_TOKENS = 64  # each of 8 x 8 pixels
-STEPS, BATCH, GOAL = 1000, 50, 0.95
+STEPS, BATCH, GOAL = 2000, 50, 0.95
+CALIBRATION_PICTURES = 512
 STAGES = ("vision", "truncated_prefill", "projection", "boundary")
 STAGE_NAMES = ("vision tower", "truncated prefill", "projection", "boundary")
 ITEMS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
@@ -122,13 +124,14 @@ def make_model(family: str):
             ),
             vision_config=vision | dict(num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
                                         vision_use_head=False),
-            boi_token_index=first, eoi_token_index=first + 1, image_token_index=first + 2, mm_tokens_per_image=IMAGE_TOKENS,
+            boi_token_index=first, eoi_token_index=first + 1, image_token_index=first + 2,
+            mm_tokens_per_image=IMAGE_TOKENS,
         )  # fmt: skip
         processor = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_pan_and_scan=False)
         model = transformers.Gemma3ForConditionalGeneration(config)
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.12)  # zeros otherwise
         return model, processor
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
     config = transformers.Qwen3VLConfig(
         text_config=text | dict(rope_parameters=rope),
         vision_config=vision | dict(depth=2, num_heads=2, out_hidden_size=128, num_position_embeddings=256,
@@ -176,7 +179,7 @@ def batch_of(family: str, asked: list[tuple[Picture, list[tuple[str, str]]]], to
 def train(family: str, folder: Path, steps: int, console: Console, seed: int = 1) -> float:
     """Trains a model and writes its checkpoint folder; returns the seconds that it took.
 
-    In the first fifth of the steps the vision tower alone learns to speak the decoder's language: the features of every
+    In the first tenth of the steps the vision tower alone learns to speak the decoder's language: the features of every
     token are to have the highest products with the embeddings of its figure's colour and shape and of its cell's name.
     Afterwards the whole model learns to answer as well.
     """
@@ -191,7 +194,7 @@ def train(family: str, folder: Path, steps: int, console: Console, seed: int = 1
     embedding = model.get_input_embeddings().weight
     groups = [tokenizer.convert_tokens_to_ids(list(words)) for words in (COLOURS, SHAPES, CELLS)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = steps // 20
+    warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
@@ -210,45 +213,17 @@ def train(family: str, folder: Path, steps: int, console: Console, seed: int = 1
             )
             seen = torch.cat(tuple(vision.pooler_output))
             loss = sum(cross_entropy(linear(seen, embedding[ids]), figures[:, i]) for i, ids in enumerate(groups))
-            if step >= steps // 5:
+            if step >= steps // 10:
                 inputs.pop("pixel_values")
-                logits, chosen = (
-                    model(**inputs, mm_encoder_outputs={"image": vision}).logits[:, :-1],
-                    labels[:, 1:] != -100,
-                )
+                logits = model(**inputs, mm_encoder_outputs={"image": vision}).logits[:, :-1]
+                chosen = labels[:, 1:] != -100
                 loss = 0.3 * loss + cross_entropy(logits[chosen], labels[:, 1:][chosen])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            average = loss.item() if average is None or step == steps // 5 else 0.98 * average + 0.02 * loss.item()
-            if step % 25 == 0 and step < steps // 5:
-                print(
-                    step,
-                    [
-                        (linear(seen, embedding[g]).argmax(-1) == figures[:, i]).float().mean().item()
-                        for i, g in enumerate(groups)
-                    ],
-                    round(loss.item(), 3),
-                    round(time.perf_counter() - start),
-                    flush=True,
-                )
-            elif step % 25 == 0:
-                aux = sum(
-                    cross_entropy(linear(seen, embedding[ids]), figures[:, i]) for i, ids in enumerate(groups)
-                ).item()
-                print(
-                    step,
-                    "answer loss",
-                    round(loss.item() - 0.3 * aux, 3),
-                    "aux",
-                    round(aux, 3),
-                    "acc",
-                    round((logits[chosen].argmax(-1) == labels[:, 1:][chosen]).float().mean().item(), 3),
-                    round(time.perf_counter() - start),
-                    flush=True,
-                )
+            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
             progress.update(task, advance=1, description=f"training {family}, loss {average:.3f}")
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -262,8 +237,9 @@ def train(family: str, folder: Path, steps: int, console: Console, seed: int = 1
 class Control:
     """transformers' model at a prefill depth, the skipped layers' attention with or without the picture.
 
-    Shallow tokens keep the hidden state that they have at layer P, so that the skipped layers' keys and values come from
-    it, as in POP with own weights; deep tokens go on. Without the picture its keys are hidden from the skipped layers.
+    Shallow tokens keep the hidden state that they have at layer P, so that the skipped layers' keys and values come
+    from it, as in POP with own weights; deep tokens go on. Without the picture, its keys are hidden from the skipped
+    layers.
     """
 
     def __init__(self, folder: Path):
@@ -303,14 +279,32 @@ class Control:
         return int(((chosen == wanted) | (wanted == -100)).all(1).sum())
 
 
+def calibration_of(model, depths):
+    """Projections for these depths, fitted on pictures with a question and its answer, of a seed of their own."""
+    from pop_ext.calibration import calibrate
+    from pop_ext.generation import encode_prompt
+
+    rng = random.Random(2_000_003)
+    windows, visuals = [], []
+    for _ in range(CALIBRATION_PICTURES):
+        picture = Picture(rng)
+        ids, media = encode_prompt(model, " ".join(picture.question(rng)), "prompt", [], [picture.image])
+        windows.append(ids)
+        visuals.append([visual for item in media for visual in model.vision.encode(item)])
+    return calibrate(model, windows, list(depths), visuals=visuals)
+
+
 def measure(family: str, folder: Path, questions: int, console: Console) -> dict:
     """Accuracy and prefill times at every prefill depth, on pictures of another seed than training's."""
     import pop_ext
 
-    model, control = pop_ext.load(folder), Control(folder)
+    model, control = pop_ext.load(folder, max_tokens=BATCH * 128), Control(folder)
     rng, layers = random.Random(1_000_003), model.spec.num_layers
+    calibrated = copy.copy(model)
+    with console.status(f"{family}: calibrating"):
+        calibrated.calibration = calibration_of(model, range(1, layers - 1))
     depths = list(range(1, layers + 1))
-    methods = ("own", "control", "reference")
+    methods = ("own", "calibrated", "control", "reference")
     right = {method: dict.fromkeys(depths, 0) for method in methods}
     times: dict[int, list] = {depth: [] for depth in depths}
     kinds: dict[str, list[bool]] = {}
@@ -328,6 +322,12 @@ def measure(family: str, folder: Path, questions: int, console: Console) -> dict
                 good = [text == answer for text, (_, [(_, answer)]) in zip(output.text, asked, strict=True)]
                 right["own"][depth] += sum(good)
                 times[depth].append(output.times)
+                other = calibrated.generate(
+                    prompts, images=images, prefill_depth=depth, max_new_tokens=3, do_sample=False
+                )
+                right["calibrated"][depth] += sum(
+                    text == answer for text, (_, [(_, answer)]) in zip(other.text, asked, strict=True)
+                )
                 for method, picture in (("control", False), ("reference", True)):
                     right[method][depth] += control.right(inputs, labels, depth, picture)
                 if depth == layers:
@@ -360,10 +360,11 @@ def show(result: dict, console: Console) -> None:
         f"{result['family']}: {result['questions']} questions, one a picture; {result['image_tokens']} of about "
         f"{result['prompt_tokens']} prompt tokens are the picture's; milliseconds a prompt, in batches of {BATCH}"
     )
-    table = Table("prefill depth", "right", "control", *STAGE_NAMES, title=title, title_justify="left")
+    names = ("own", "calibrated", "control")
+    table = Table("prefill depth", *names, *STAGE_NAMES, title=title, title_justify="left")
     for row in result["depths"]:
         accuracy = row["accuracy"]
-        cells = [f"{accuracy[method]:.1%}" for method in ("own", "control")]
+        cells = [f"{accuracy[method]:.1%}" for method in names]
         table.add_row(
             f"{row['prefill_depth']} of {result['layers']}",
             *cells,

@@ -202,10 +202,28 @@ def progress_bar(description: str):
         yield report
 
 
-def read_texts(files: list[Path]) -> str:
+def read_texts(files: list[Path] | None, samples: Path | None) -> str | None:
+    """The files' text; None where there are samples in its place."""
     from pop_ext.text import read_text
 
+    if bool(files) == bool(samples):
+        raise ValueError("give either --text FILE or --samples FILE")
+    if samples:
+        return None
     return "\n\n".join(read_text(file) for file in files)
+
+
+def encoded_samples(path: Path, model) -> tuple[list, list, list]:
+    """Prompts, continuations and the prompts' images, through the vision tower."""
+    from pop_ext import vision
+
+    prompts, continuations, media = vision.load_samples(path, model)
+    with progress_bar("vision tower") as report:
+        visuals = []
+        for pictures in media:
+            visuals.append([visual for picture in pictures for visual in model.vision.encode(picture)])
+            report(len(visuals), len(media))
+    return prompts, continuations, visuals
 
 
 def check_outputs(*paths: Path | None) -> None:
@@ -216,7 +234,11 @@ def check_outputs(*paths: Path | None) -> None:
 
 
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")]
-Text = Annotated[list[Path], typer.Option("--text", help="File of UTF-8 text; may be given several times.")]
+Text = Annotated[list[Path] | None, typer.Option("--text", help="File of UTF-8 text; may be given several times.")]
+Samples = Annotated[
+    Path | None,
+    typer.Option(help="In place of text: a JSON lines file of image-text samples (images, prompt, continuation)."),
+]
 Depths = Annotated[
     list[str], typer.Option("--prefill-depth", help="Layers (12) or their share (0.7); may be given several times.")
 ]
@@ -233,7 +255,8 @@ Plot = Annotated[Path | None, typer.Option(help="Also draw a plot: a .png, .svg 
 @one_line_errors()
 def importance(
     model: Model,
-    text: Text,
+    text: Text = None,
+    samples: Samples = None,
     prompts: Prompts = 16,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 384,
     continuation_tokens: Continuation = 64,
@@ -254,7 +277,7 @@ def importance(
     (own weights) is within the budget.
     """
     check_outputs(output, plot)
-    source = read_texts(text)
+    source = read_texts(text, samples)
     with stderr.status(f"loading {model}"):
         import transformers
 
@@ -265,12 +288,22 @@ def importance(
         transformers.utils.logging.disable_progress_bar()
         loaded = gates.load_transformers(model)
         tokenizer = texts.load_tokenizer(model)
-    windows = texts.windows(tokenizer, source, prompt_tokens + continuation_tokens, prompts)
+    images, counts = None, prompt_tokens
+    if samples:
+        from pop_ext import vision
+
+        asked, answers, media = vision.load_samples(samples, load_model(model, DType.float32))
+        windows, counts = [a + b for a, b in zip(asked, answers, strict=True)], [len(a) for a in asked]
+        images = [vision.transformers_inputs(loaded.config, *pair) for pair in zip(windows, media, strict=True)]
+        prompt_tokens = sum(counts) / len(counts)
+        continuation_tokens = sum(map(len, answers)) / len(answers)
+    else:
+        windows = texts.windows(tokenizer, source, prompt_tokens + continuation_tokens, prompts)
     stage = {"boundary_tokens": boundary_tokens, "anchor_tokens": anchor_tokens}
     with progress_bar("importance") as report:
         result = gates.measure(
-            loaded, windows, prompt_tokens, **stage, branches=branches, draws=draws, batch_size=batch_size, seed=seed,
-            progress=report,
+            loaded, windows, counts, images=images, **stage, branches=branches, draws=draws, batch_size=batch_size,
+            seed=seed, progress=report,
         )  # fmt: skip
     layers = len(result.values)
     with progress_bar("depth") as report:
@@ -279,7 +312,7 @@ def importance(
         def kl_at(depth: int) -> float:
             report(len(visited), layers.bit_length() + 2, f"{depth}")
             visited.append(depth)
-            return gates.truncation_kl(loaded, windows, prompt_tokens, depth, **stage)
+            return gates.truncation_kl(loaded, windows, counts, depth, **stage, images=images)
 
         depth, measured = gates.suggest_depth(layers, budget, kl_at)
     sums = gates.gate_sums(result)
@@ -306,7 +339,7 @@ def importance(
         print(json.dumps(summary))
         return
     table = Table(
-        title=f"{Path(model).name}: nats per continuation of {continuation_tokens} tokens", title_justify="left"
+        title=f"{Path(model).name}: nats per continuation of {continuation_tokens:g} tokens", title_justify="left"
     )
     table.add_column("layer", justify="right")
     columns = [(stage, branch) for stage in gates.STAGES for branch in (gates.BRANCHES if branches else (None,))]
@@ -333,6 +366,7 @@ def calibrate(
     text: Annotated[
         list[Path] | None, typer.Option("--text", help="File of UTF-8 text; by default text that needs no file.")
     ] = None,
+    samples: Samples = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use at most.")] = 50_000,
     refine: Annotated[int, typer.Option(min=0, help="Gradient steps that follow the closed form.")] = 0,
     seed: Seed = 0,
@@ -345,23 +379,30 @@ def calibrate(
     """
     check_outputs(output)
     depths = [parse_depth(depth) for depth in prefill_depth]
-    source = read_texts(text) if text else None
+    source = read_texts(text, samples) if text or samples else None
+    if samples and refine:
+        raise ValueError("--refine works on text, expected it without --samples")
     loaded = load_model(model, dtype)
     from pop_ext import calibration as calibrations
     from pop_ext import text as texts
 
     depths = [loaded.layers_kept(depth) for depth in depths]
     start = time.perf_counter()
-    if source is None:
+    if source is None and not samples:
         with progress_bar("sampling text") as report:
             source = texts.default_text(loaded, tokens, seed, report)
     sampled = time.perf_counter()
     length = min(calibrations.WINDOW, loaded.spec.max_position_embeddings)
-    windows = texts.windows(loaded.tokenizer, source, length)[: max(2, tokens // length)]
+    visuals = None
+    if samples:
+        prompts, continuations, visuals = encoded_samples(samples, loaded)
+        windows = [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=True)]
+    else:
+        windows = texts.windows(loaded.tokenizer, source, length)[: max(2, tokens // length)]
     with progress_bar("calibrating") as report:
-        result = calibrations.calibrate(loaded, windows, depths, progress=report)
+        result = calibrations.calibrate(loaded, windows, depths, visuals=visuals, progress=report)
     result.provenance |= {
-        "text": [str(file.name) for file in text] if text else ["default"],
+        "text": [file.name for file in text or [samples]] if text or samples else ["default"],
         "sampling_seconds": sampled - start,
         "seconds": time.perf_counter() - sampled,
     }
@@ -385,7 +426,8 @@ def calibrate(
 @one_line_errors()
 def evaluate(
     model: Model,
-    text: Text,
+    text: Text = None,
+    samples: Samples = None,
     prefill_depth: Depths = ["0.67"],  # noqa: B006
     calibration: Annotated[Path | None, typer.Option(help="File of `pop calibrate`.")] = None,
     prompts: Prompts = 32,
@@ -412,7 +454,9 @@ def evaluate(
     and SPEED without its training.
     """
     check_outputs(plot)
-    source = read_texts(text)
+    source = read_texts(text, samples)
+    if samples and planted:
+        raise ValueError("--planted plants in text, expected it without --samples")
     loaded = load_model(
         model, dtype, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, calibration=calibration
     )
@@ -421,8 +465,12 @@ def evaluate(
 
     depths = sorted({loaded.layers_kept(parse_depth(depth)) for depth in prefill_depth})
     rows, results = [], []
-    for length in prompt_tokens:
-        if planted:
+    for length in [0] if samples else prompt_tokens:
+        visuals = None
+        if samples:
+            *pairs, visuals = encoded_samples(samples, loaded)
+            length = round(sum(map(len, pairs[0])) / len(pairs[0]))
+        elif planted:
             filler = texts.windows(loaded.tokenizer, source, length, prompts)
             pairs = evaluation.planted(planted.value, filler, loaded.tokenizer, seed)
         else:
@@ -430,14 +478,14 @@ def evaluate(
             pairs = [w[:length] for w in windows], [w[length:] for w in windows]
         with progress_bar(f"evaluating, {length} prompt tokens") as report:
             results = evaluation.evaluate(
-                loaded, *pairs, depths, method or evaluation.METHODS, seed=seed, progress=report
+                loaded, *pairs, depths, method or evaluation.METHODS, visuals=visuals, seed=seed, progress=report
             )
         rows += [{**row, "prompt_tokens": length} for row in evaluation.to_json(results)]
         if not as_json:
             what = f"{planted.value}, " if planted else ""
             Console().print(evaluation_table(results, f"{Path(model).name}, {what}{length} prompt tokens", planted))
     if plot:
-        evaluation.plot(results, plot, f"{Path(model).name}, {prompt_tokens[-1]} prompt tokens")
+        evaluation.plot(results, plot, f"{Path(model).name}, {length} prompt tokens")
     if as_json:
         print(json.dumps(rows))
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
-from .kv_cache import BLOCK_SIZE, KVCache
+from .kv_cache import BLOCK_SIZE, KVCache, Visual
 from .model import Batch, Model
 
 METHODS = ("full", "pop_own", "pop_calibrated", "last_layers_removed", "shortgpt", "gromov", "speed")
@@ -108,27 +108,27 @@ class DeepTokensOnly(Model):
         return torch.cat(results)
 
 
-def layer_similarity(model: Model, windows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def layer_similarity(model: Model, windows: list[list[int]], visuals: list[list[Visual]]) -> tuple[Tensor, Tensor]:
     """What the layer-removing methods choose by: the block influence [L] of every layer, `1 - E cos(h_l, h_l+1)`
     (ShortGPT, arXiv 2403.03853), and the angular distance [L + 1, L + 1] from h_i to h_j at the windows' last tokens,
     `arccos(cos(h_i, h_j)) / pi` (Gromov et al., arXiv 2403.17887), each the mean over `windows`.
     """
     influence, angles = 0.0, 0.0
-    for window in windows:
-        hidden = torch.stack([h.float() for h in model.hidden_states([window])])  # [L + 1, T, D]
+    for window, images in zip(windows, visuals or [[]] * len(windows), strict=True):
+        hidden = torch.stack([h.float() for h in model.hidden_states([window], [images])])  # [L + 1, T, D]
         influence += 1 - cosine_similarity(hidden[:-1], hidden[1:], dim=-1).mean(-1)
         last = hidden[:, -1]
         angles += cosine_similarity(last[:, None], last, dim=-1).clamp(-1, 1).arccos() / math.pi
     return influence / len(windows), angles / len(windows)
 
 
-def variants(model: Model, depths: list[int], methods: list[str], prompts: list[list[int]]) -> list[tuple]:
+def variants(model: Model, depths: list[int], methods: list[str], prompts: list[list[int]], visuals) -> list[tuple]:
     """(method, depth, model, prefill depth to run it at) of every comparison that makes sense; the first is `full`."""
     layers = model.spec.num_layers
     own = copy.copy(model)
     own.calibration = None
     if {"shortgpt", "gromov"} & set(methods):
-        influence, angles = layer_similarity(own, prompts)
+        influence, angles = layer_similarity(own, prompts, visuals)
     found = [("full", layers, own, layers)]
     for depth in depths:
         skipped = layers - depth
@@ -157,10 +157,11 @@ def evaluate(
     depths: list[int],
     methods: list[str] | tuple[str, ...] = METHODS,
     *,
+    visuals: list[list[Visual]] | None = None,
     seed: int = 0,
     progress=lambda done, total: None,
 ) -> list[Fidelity]:
-    """Compares methods at prefill depths on the same prompts and continuations.
+    """Compares methods at prefill depths on the same prompts, visuals[i] the images of prompts[i], and continuations.
 
     `pop_calibrated` needs a calibration in the model; `full` is always the first row. Intervals are percentiles of
     2,000 paired bootstrap resamples of the prompts.
@@ -172,17 +173,19 @@ def evaluate(
     for depth in depths:
         if not 1 <= depth < model.spec.num_layers:
             raise ValueError(f"prefill_depth is {depth}, expected 1 to {model.spec.num_layers - 1}: {_what_full_is()}")
-    runs = variants(model, depths, methods, prompts)
+    visuals = visuals if visuals is not None else [[]] * len(prompts)
+    runs = variants(model, depths, methods, prompts, visuals)
     timed = min(TIMED_PROMPTS, len(prompts))
     total, done = len(prompts) * len(runs) + timed + 1, 0
     # per run and prompt: KL of the first token, mean KL, mean negative log-likelihood, share of equal top tokens, and
     # whether every token of the continuation is the likeliest
     scores = np.zeros((len(runs), len(prompts), 5))
-    for i, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+    for i, (prompt, continuation, images) in enumerate(zip(prompts, continuations, visuals, strict=True)):
         target, full = torch.tensor(continuation), None
         for run, (_, _, variant, depth) in enumerate(runs):
             depth = min(depth, variant.spec.num_layers)
-            log_p = variant.logits([prompt], [continuation], prefill_depth=depth)[0].log_softmax(-1)
+            (logits,) = variant.logits([prompt], [continuation], visuals=[images], prefill_depth=depth)
+            log_p = logits.log_softmax(-1)
             full = log_p if full is None else full
             kl = (full.exp() * (full - log_p)).sum(-1)
             top = log_p.argmax(-1)
@@ -197,7 +200,8 @@ def evaluate(
         -1, timed
     ):  # the first is a warm-up; every prompt passes all methods, so that they share the machine
         for run, (_, _, variant, depth) in enumerate(runs):
-            seconds[run, i] = _time_prefill(variant, prompts[max(i, 0)], min(depth, variant.spec.num_layers))
+            at = max(i, 0)
+            seconds[run, i] = _time_prefill(variant, prompts[at], visuals[at], min(depth, variant.spec.num_layers))
         done += 1
         progress(done, total)
 
@@ -229,11 +233,11 @@ def _what_full_is() -> str:
     return "the full model is always compared with"
 
 
-def _time_prefill(model: Model, prompt: list[int], depth: int) -> float:
+def _time_prefill(model: Model, prompt: list[int], images: list[Visual], depth: int) -> float:
     sequence = model.new_sequence()
     try:
         start = time.perf_counter()
-        model.prefill([sequence], [prompt], prefill_depth=depth)
+        model.prefill([sequence], [prompt], visuals=[images], prefill_depth=depth)
         return time.perf_counter() - start
     finally:
         model.free(sequence)

@@ -140,18 +140,25 @@ class Importance:
     errors: Tensor
     samples: int
     draws: int
-    continuation_tokens: int
+    continuation_tokens: float  # of a window, the mean
 
 
 def sample_gradients(
-    model: nn.Module, gates: Gates, windows: Tensor, prompt_tokens: int, acts: Tensor, draws: int, seeds: list[int]
+    model: nn.Module,
+    gates: Gates,
+    windows: Tensor,
+    prompt_tokens: int,
+    acts: Tensor,
+    draws: int,
+    seeds: list[int],
+    images: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """d loss / d gate of each window and draw: [B, draws, L, 2(, 2)]. windows [B, T]; labels are drawn per window from
     its own seed, so that results do not depend on what shares a batch.
     """
     values = torch.ones(gates.shape(len(windows))).requires_grad_()
     with torch.enable_grad(), gates(values, acts):
-        log_p = _log_probabilities(model, windows, prompt_tokens)
+        log_p = _log_probabilities(model, windows, prompt_tokens, images)
         gradients = []
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for draw in range(draws):
@@ -166,20 +173,24 @@ def sample_gradients(
     return torch.stack(gradients, 1)
 
 
-def _log_probabilities(model: nn.Module, windows: Tensor, prompt_tokens: int) -> Tensor:
+def _log_probabilities(
+    model: nn.Module, windows: Tensor, prompt_tokens: int, images: dict[str, Tensor] | None = None
+) -> Tensor:
     """Of the continuation's tokens, [B, c, V] float32; the logits at position i are for token i + 1."""
     count = windows.shape[1] - prompt_tokens + 1
     # What the vocabulary projection need not make, where the model can be told so.
     known = "logits_to_keep" in inspect.signature(model.forward).parameters
-    logits = model(input_ids=windows, use_cache=False, **({"logits_to_keep": count} if known else {})).logits
+    kept = {"logits_to_keep": count} if known else {}
+    logits = model(input_ids=windows, use_cache=False, **kept, **(images or {})).logits
     return logits[:, -count:-1].float().log_softmax(-1)
 
 
 def measure(
     model: nn.Module,
     windows: list[list[int]],
-    prompt_tokens: int,
+    prompt_tokens: int | list[int],
     *,
+    images: list[dict[str, Tensor]] | None = None,
     boundary_tokens: int = 1,
     anchor_tokens: int = 1,
     branches: bool = False,
@@ -188,49 +199,64 @@ def measure(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Importance:
-    """The importance of every layer in both stages over `windows`, each a prompt of `prompt_tokens` tokens and a
-    continuation.
+    """The importance of every layer in both stages over `windows`, each a prompt of `prompt_tokens` tokens (one number
+    for all, or one for each) and a continuation. images[i] is what the model takes for the images of windows[i]
+    (`vision.transformers_inputs`); windows with images, or of different lengths, run one at a time.
     """
-    tokens = torch.tensor(windows)
-    if not 1 <= prompt_tokens < tokens.shape[1]:
-        raise ValueError(
-            f"prompt_tokens is {prompt_tokens}, expected 1 to {tokens.shape[1] - 1} of the window's tokens"
-        )
+    counts = _prompt_lengths(windows, prompt_tokens)
     gates = Gates(model, branches)
-    acts = stage_masks(tokens.shape[1], prompt_tokens, boundary_tokens, anchor_tokens)
+    same = images is None and len(set(zip(map(len, windows), counts, strict=True))) == 1
+    size = batch_size if same else 1
     per_window = []
-    for start in range(0, len(tokens), batch_size):
-        batch = tokens[start : start + batch_size]
+    for start in range(0, len(windows), size):
+        batch, count = torch.tensor(windows[start : start + size]), counts[start]
+        acts = stage_masks(batch.shape[1], count, boundary_tokens, anchor_tokens)
         # Two windows' draws must not be the same stream; seeds are spread by a large odd step.
         seeds = [seed + 1_000_003 * (start + i) for i in range(len(batch))]
-        gradients = sample_gradients(model, gates, batch, prompt_tokens, acts, draws, seeds)
+        pictures = images[start] if images else None
+        gradients = sample_gradients(model, gates, batch, count, acts, draws, seeds, pictures)
         per_window += list(0.5 * gradients.double().square().mean(1))
-        progress(len(per_window), len(tokens))
+        progress(len(per_window), len(windows))
     values = torch.stack(per_window)
     spread = values.std(0) if len(values) > 1 else torch.full_like(values[0], math.nan)
-    return Importance(values.mean(0), spread / len(values) ** 0.5, len(values), draws, tokens.shape[1] - prompt_tokens)
+    mean = (sum(map(len, windows)) - sum(counts)) / len(windows)
+    return Importance(values.mean(0), spread / len(values) ** 0.5, len(values), draws, mean)
+
+
+def _prompt_lengths(windows: list[list[int]], prompt_tokens: int | list[int]) -> list[int]:
+    """One for each window; ValueError unless each leaves a prompt and a continuation."""
+    counts = [prompt_tokens] * len(windows) if isinstance(prompt_tokens, int) else list(prompt_tokens)
+    for window, count in zip(windows, counts, strict=True):
+        if not 1 <= count < len(window):
+            raise ValueError(f"prompt_tokens is {count}, expected 1 to {len(window) - 1} of the window's tokens")
+    return counts
 
 
 @torch.no_grad()
 def truncation_kl(
     model: nn.Module,
     windows: list[list[int]],
-    prompt_tokens: int,
+    prompt_tokens: int | list[int],
     depth: int,
     boundary_tokens: int = 1,
     anchor_tokens: int = 1,
+    images: list[dict[str, Tensor]] | None = None,
 ) -> float:
-    """KL in nats a token from the full model with every prefill gate from `depth` up closed: POP with own weights."""
-    tokens, gates, total = torch.tensor(windows), Gates(model), 0.0
-    acts = stage_masks(tokens.shape[1], prompt_tokens, boundary_tokens, anchor_tokens)
+    """KL in nats a token from the full model with every prefill gate from `depth` up closed: POP with own weights.
+    Arguments as for `measure`.
+    """
+    gates, total = Gates(model), 0.0
     values = torch.ones(gates.shape(1))
     values[:, depth:, 0] = 0
-    for window in tokens:
-        full = _log_probabilities(model, window[None], prompt_tokens)[0]
+    pictures = images or [{}] * len(windows)
+    for window, count, inputs in zip(windows, _prompt_lengths(windows, prompt_tokens), pictures, strict=True):
+        tokens = torch.tensor([window])
+        acts = stage_masks(len(window), count, boundary_tokens, anchor_tokens)
+        full = _log_probabilities(model, tokens, count, inputs)[0]
         with gates(values, acts):
-            cut = _log_probabilities(model, window[None], prompt_tokens)[0]
+            cut = _log_probabilities(model, tokens, count, inputs)[0]
         total += float((full.exp() * (full - cut)).sum(-1).mean())
-    return total / len(tokens)
+    return total / len(windows)
 
 
 def gate_sums(importance: Importance) -> list[float]:

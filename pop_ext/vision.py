@@ -8,6 +8,7 @@ frames here, as transformers' own processor for them needs torchvision.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from math import isfinite
@@ -205,6 +206,53 @@ class Vision:
             features = torch.stack([output.pooler_output, *output.deepstack_features])
             parts, grid = features.unflatten(1, (time, -1)).transpose(0, 1), (rows // merge, columns // merge)
         return [Visual(*span, grid, part) for span, part in zip(media.spans, parts, strict=True)]
+
+
+def load_samples(path: str | Path, model) -> tuple[list[list[int]], list[list[int]], list[list[Media]]]:
+    """Image-text samples for measuring: token ids of the prompts and of their continuations, and the prompts' images.
+
+    The file has a JSON object a line: {"images": [paths, relative to the file], "prompt": text or chat messages,
+    "continuation": text}. ValueError names the line that is wrong.
+    """
+    from .generation import encode_prompt
+
+    path, prompts, continuations, media = Path(path), [], [], []
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer: text cannot be turned into tokens")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        name = f"{path}, line {number}"
+        try:
+            sample = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{name}: not JSON: {_one_line(error)}") from error
+        keys = {"images": list, "prompt": (str, list), "continuation": str}
+        if not isinstance(sample, dict) or any(not isinstance(sample.get(key), kind) for key, kind in keys.items()):
+            raise ValueError(f"{name}: {short(sample)}, expected an object with images (list), prompt, continuation")
+        images = [path.parent / image if isinstance(image, str) else image for image in sample["images"]]
+        prompt, pictures = encode_prompt(model, sample["prompt"], name, [], images)
+        continuation = model.tokenizer(sample["continuation"], add_special_tokens=False).input_ids
+        if not continuation:
+            raise ValueError(f"{name}: the continuation is empty")
+        prompts.append(prompt)
+        continuations.append(continuation)
+        media.append(pictures)
+    if not prompts:
+        raise ValueError(f"{path}: no samples")
+    return prompts, continuations, media
+
+
+def transformers_inputs(config, token_ids: list[int], media: list[Media]) -> dict[str, Tensor]:
+    """What transformers' model of `config` takes beside these token ids for their images: {} without any."""
+    if not media:
+        return {}
+    kinds = (torch.tensor([token_ids]) == config.image_token_id).int()
+    inputs = {"pixel_values": torch.cat([item.pixel_values for item in media])}
+    if media[0].grid_thw is None:
+        return inputs | {"token_type_ids": kinds}
+    grids = torch.tensor([item.grid_thw for item in media])
+    return inputs | {"image_grid_thw": grids, "mm_token_type_ids": kinds}
 
 
 def open_image(image, name: str) -> Image.Image:

@@ -26,6 +26,8 @@ import pop_ext
 from pop_ext import cli
 from pop_ext.calibration import calibrate
 from pop_ext.generation import encode_prompt
+from pop_ext.importance import truncation_kl
+from pop_ext.vision import load_samples, transformers_inputs
 
 BOUND = 1e-5
 SIZES = [(40, 30), (25, 61), (33, 33), (90, 14), (9, 9), (12, 70)]  # wide, tall, odd, smaller than a patch group
@@ -764,3 +766,70 @@ def test_command(pair, tmp_path):
     result = pop("generate", pair.folder, "--prompt", "the", "--image", tmp_path / "none.png")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert "none.png: no such file" in result.stderr
+
+
+# Image-text samples
+
+
+@pytest.fixture
+def samples(pair, tmp_path) -> Path:
+    lines = []
+    for i in range(12):
+        picture(40, 30, i).save(tmp_path / f"{i}.png")
+        lines.append({"images": [f"{i}.png"], "prompt": f"the {pair.mark} and {'an' * i}", "continuation": "then the"})
+    lines[1] |= {"images": [], "prompt": "the and an"}
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return tmp_path / "samples.jsonl"
+
+
+def test_gates_are_the_runner(pair, samples):
+    """Closing all prefill gates from P up in transformers' model is POP with own weights, on images too."""
+    prompts, continuations, media = load_samples(samples, pair.model)
+    windows = [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=True)]
+    inputs = [transformers_inputs(pair.peer.config, *both) for both in zip(windows, media, strict=True)]
+    visuals = [[visual for item in pictures for visual in pair.model.vision.encode(item)] for pictures in media]
+    depth = max(pair.deepstack, 2)
+    kl = truncation_kl(pair.peer, windows, [len(prompt) for prompt in prompts], depth, images=inputs)
+    full, cut = (
+        [rows.log_softmax(-1) for rows in pair.model.logits(prompts, continuations, visuals=visuals, prefill_depth=d)]
+        for d in (pair.layers, depth)
+    )
+    ours = sum(float((a.exp() * (a - b)).sum(-1).mean()) for a, b in zip(full, cut, strict=True)) / len(full)
+    assert abs(ours / kl - 1) < 1e-3 and kl > 0.01
+
+
+def test_sample_commands(pair, samples, tmp_path):
+    """importance, calibrate and evaluate, one after the other."""
+    result = pop("importance", pair.folder, "--samples", samples, "--draws", 1, "--json")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["prompts"] == 12 and len(summary["importance"]) == 2 * pair.layers
+    assert all(row["importance"] > 0 for row in summary["importance"] if row["layer"] < pair.layers - 1)
+    depth, output = max(pair.deepstack, 2), tmp_path / "calibration.safetensors"
+    options = ("--samples", samples, "--prefill-depth", depth, "--dtype", "float32", "--json")
+    result = pop("calibrate", pair.folder, *options, "--output", output)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["text"] == ["samples.jsonl"]
+    methods = ("--method", "pop_own", "--method", "pop_calibrated", "--method", "speed", "--method", "shortgpt")
+    result = pop("evaluate", pair.folder, *options, "--calibration", output, *methods)
+    assert result.exit_code == 0, result.stderr
+    kl = {row["method"]: row["kl"] for row in json.loads(result.stdout)}
+    assert kl.keys() == {"full", "pop_own", "pop_calibrated", "speed", "shortgpt"}
+    assert 0 < kl["pop_calibrated"] < kl["pop_own"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ('{"images": "a.png", "prompt": "a", "continuation": "b"}', "line 1: .* expected an object with images"),
+        ('{"images": [], "prompt": "a"}', "expected an object with images"),
+        ('{"images": [], "prompt": "a", "continuation": ""}', "line 1: the continuation is empty"),
+        ('{"images": ["none.png"], "prompt": "a", "continuation": "b"}', "line 1, image 0: .*none.png: no such file"),
+        ("", "no samples"),
+    ],
+)
+def test_bad_samples(pair, tmp_path, line, message):
+    (tmp_path / "samples.jsonl").write_text(line)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_samples(tmp_path / "samples.jsonl", pair.model)
