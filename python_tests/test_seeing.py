@@ -41,8 +41,9 @@ def test_batch(family):
     labels = inputs["labels"]
     for row, wanted, (_, questions) in zip(inputs["input_ids"], labels, asked, strict=True):
         assert row[wanted != -100].equal(wanted[wanted != -100])
-        assert tokenizer.decode(wanted[wanted != -100]).split() == " <end> ".join(a for _, a in questions).split() + [
-            "<end>"
+        assert tokenizer.decode(wanted[wanted != -100]).split() == [
+            *" <end> ".join(a for _, a in questions).split(),
+            "<end>",
         ]
         assert int((row == model.config.image_token_id).sum()) == seeing.IMAGE_TOKENS
     figures = inputs["figures"].unflatten(0, (3, seeing.IMAGE_TOKENS))
