@@ -108,7 +108,9 @@ class DeepTokensOnly(Model):
         return torch.cat(results)
 
 
-def layer_similarity(model: Model, windows: list[list[int]], visuals: list[list[Visual]]) -> tuple[Tensor, Tensor]:
+def layer_similarity(
+    model: Model, windows: list[list[int]], visuals: list[list[Visual]] | None = None
+) -> tuple[Tensor, Tensor]:
     """What the layer-removing methods choose by: the block influence [L] of every layer, `1 - E cos(h_l, h_l+1)`
     (ShortGPT, arXiv 2403.03853), and the angular distance [L + 1, L + 1] from h_i to h_j at the windows' last tokens,
     `arccos(cos(h_i, h_j)) / pi` (Gromov et al., arXiv 2403.17887), each the mean over `windows`.

@@ -1,0 +1,72 @@
+"""bench/seeing.py: its pictures, its batches, and the whole of it with hardly any training."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import pytest
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+import seeing
+
+
+def test_questions_are_about_the_picture():
+    rng = random.Random(3)
+    kinds = set()
+    for _ in range(300):
+        picture = seeing.Picture(rng)
+        question, answer = picture.question(rng)
+        words = question.split()
+        if words[0] in seeing.CELLS:
+            assert answer.split() == list(picture.items[seeing.CELLS.index(words[0])])
+        elif words[0] == "below":
+            assert answer.split() == list(picture.items[picture.items.index((words[1], words[2])) + 3])
+        else:
+            assert seeing.NUMBERS.index(answer) == sum(colour == words[1] for colour, _ in picture.items)
+        kinds.add("cell" if words[0] in seeing.CELLS else words[0])
+    assert kinds == {"cell", "below", "count"}
+
+
+@pytest.mark.parametrize("family", list(seeing.SPECIAL))
+def test_batch(family):
+    """Labels are the answers where they stand; the first pixels of the image stand for its first token."""
+    tokenizer, (model, processor) = seeing.make_tokenizer(family), seeing.make_model(family)
+    rng = random.Random(5)
+    pictures = [seeing.Picture(rng) for _ in range(3)]
+    asked = [(picture, [picture.question(rng) for _ in range(2)]) for picture in pictures]
+    inputs = seeing.batch_of(family, asked, tokenizer, processor)
+    labels = inputs["labels"]
+    for row, wanted, (_, questions) in zip(inputs["input_ids"], labels, asked, strict=True):
+        assert row[wanted != -100].equal(wanted[wanted != -100])
+        assert tokenizer.decode(wanted[wanted != -100]).split() == [
+            *" <end> ".join(a for _, a in questions).split(),
+            "<end>",
+        ]
+        assert int((row == model.config.image_token_id).sum()) == seeing.IMAGE_TOKENS
+    figures = inputs["figures"].unflatten(0, (3, seeing.IMAGE_TOKENS))
+    assert figures[:, 0, 2].tolist() == [0] * 3 and figures[:, -1, 2].tolist() == [8] * 3
+    assert list(seeing.COLOURS)[int(figures[1, 0, 0])] == pictures[1].items[0][0]
+
+
+@pytest.mark.parametrize("family", list(seeing.SPECIAL))
+def test_report(family, tmp_path, monkeypatch, capsys):
+    """A model that has learnt nothing is reported as blind. The reference is POP with own weights, so it is right as
+    often as the runner, but for ties that bfloat16 makes.
+    """
+    monkeypatch.setattr(seeing, "CALIBRATION_PICTURES", 16)
+    options = ["--family", family, "--steps", "4", "--questions", "50", "--json"]
+    monkeypatch.setattr(sys, "argv", ["seeing.py", str(tmp_path), *options])
+    assert seeing.main() == 1
+    output = capsys.readouterr()
+    assert "fewer than 95% right" in output.err
+    (report,) = json.loads(output.out)
+    assert report["questions"] == 50 and report["prompt_tokens"] > report["image_tokens"] == 64
+    assert [row["prefill_depth"] for row in report["depths"]] == [6, 5, 4, 3, 2, 1]
+    for row in report["depths"]:
+        assert row["accuracy"].keys() == {"own", "calibrated", "control", "reference"}
+        assert abs(row["accuracy"]["own"] - row["accuracy"]["reference"]) <= 0.06
+        assert all(milliseconds >= 0 for milliseconds in row["milliseconds"].values())
+    assert {path.name for path in tmp_path.iterdir()} == {f"seeing-{family.replace('_', '-')}"}
