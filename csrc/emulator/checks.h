@@ -99,6 +99,7 @@ struct WarpLook {
   std::vector<uint32_t> pending;  // tickets
   std::vector<Landing> landings;
   uint64_t priority = 0;
+  uint64_t useful_turns = 0;  // of the grid, when this warp last stalled
 };
 
 struct BarrierLook {

@@ -34,7 +34,7 @@ constexpr uint64_t kSlice = 20000;  // warp instructions after which a loop lets
 constexpr uint32_t kReservedShared = 1024;
 constexpr uint32_t kPollsPerSlice = 32;
 constexpr uint64_t kHopeless = 200;  // turns in a row that a block has spent in spins
-constexpr uint32_t kStallsBeforeRelease = 4;
+constexpr uint32_t kStallsBeforeRelease = 4, kLookedStallsBeforeRelease = 16;
 // PTX frames are larger than the hardware's, which keeps arguments in registers: the stack limit is scaled by this.
 constexpr uint32_t kFrameRoom = 16;
 
@@ -92,6 +92,7 @@ struct Block {
   void exit_lanes(Warp& w, uint32_t mask, Join* join, Frame* frame);
   void release_parked(Warp& w);
   bool release_joins(Warp& w);
+  bool stalled(Warp& w);
   void make_ready(Warp& w, Fragment f);
   void barrier(Warp& w, const Instruction& i, Fragment f, uint32_t active);
   void check_barriers();
@@ -117,6 +118,7 @@ struct Grid {
   uint64_t next = 0, resident = 0, finished = 0;
   bool admit_next = true;
   std::atomic<uint64_t> instructions{0};
+  uint64_t useful_turns = 0;  // of warps that did not spin, in a launch that is looked at
   std::atomic<bool> failed{false};
   int code = 0;
   std::string message;
@@ -454,6 +456,14 @@ void Block::release_parked(Warp& w) {
   }
 }
 
+// Whether a spin seems to wait for lanes of its own warp. A launch that is looked at is sure first that nothing else
+// goes on anywhere: lanes that were let go too early would come to the next barrier alone, and that is a finding.
+bool Block::stalled(Warp& w) {
+  if (!grid->looks) return ++w.stalls >= kStallsBeforeRelease;
+  if (w.look->useful_turns != grid->useful_turns) w.look->useful_turns = grid->useful_turns, w.stalls = 0;
+  return ++w.stalls >= kLookedStallsBeforeRelease;
+}
+
 // Every thread makes progress: lanes that wait for others that spin (perhaps on them) go on alone.
 bool Block::release_joins(Warp& w) {
   bool released = false;
@@ -786,7 +796,7 @@ void Block::run_fragment(Warp& w, Fragment f) {
           }
           if (!turn) break;
           w.ready.push_back({pc, mask, frame, join});
-          if (w.spinning && ++w.stalls >= kStallsBeforeRelease && release_joins(w)) w.stalls = 0;
+          if (w.spinning && stalled(w) && release_joins(w)) w.stalls = 0;
           return;
         }
         const uint32_t rest = mask & ~active;
@@ -905,7 +915,7 @@ void Block::run_fragment(Warp& w, Fragment f) {
       case Kind::kSleep: {
         w.spinning = true;
         w.ready.push_back({pc + 1, mask, frame, join});
-        if (++w.stalls >= kStallsBeforeRelease && release_joins(w)) w.stalls = 0;
+        if (stalled(w) && release_joins(w)) w.stalls = 0;
         return;
       }
       case Kind::kPlain:
@@ -935,6 +945,7 @@ void Block::run_warp(Warp& w) {
     w.ready.erase(w.ready.begin() + static_cast<long>(at));
     run_fragment<true>(w, f);
   }
+  grid->useful_turns += !w.spinning;
 }
 
 // Of a launch that is looked at, the warp whose turn it is: any, or always the one that the seed puts first, which then
