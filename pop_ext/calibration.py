@@ -8,11 +8,17 @@ closest to the keys and values of h[l], before K-norm, RoPE and bias, pulled tow
 
 X^T X and X^T Y add up over a stream of text in float64, and are all that is kept of it. Layer P's input is exact, so
 its own weights stay.
+
+A token's deep keys also say what the token before it was: layers above P find by them what followed a word last time.
+Attention put it there, which a projection of the token alone cannot know. So x is continued by `rank` features of the
+token before, `z_t = A x_(t-1)` with one A [rank, D] for all layers: a reduced-rank regression (Izenman 1975) of what x
+leaves of the keys.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +32,13 @@ from .checkpoint import open_safetensors
 from .kv_cache import BLOCK_SIZE, Visual
 from .text import write_whole
 
-FORMAT = "pop-calibration-1"
+FORMAT = "pop-calibration-2"
 PENALTIES = tuple(10.0**-k for k in range(1, 9))  # relative to the mean of the diagonal of X^T X
 HELD_OUT = 8  # every eighth window chooses the penalty and measures the errors
 WINDOW = 512  # tokens
 BATCH = 4  # windows of one forward pass
+RANK = 64  # features of the token before
+FEATURE_SCALE = 2.0**-8  # of the features: so small beside x, they leave the norm that `project_kv` takes as it is
 
 
 class CalibrationError(ValueError):
@@ -41,23 +49,28 @@ class CalibrationError(ValueError):
 class Calibration:
     """Projections of one model for some prefill depths.
 
-    projections: prefill depth P -> [L - P, 2 Hkv E, D], the input norm's gain folded in, as `project_kv` takes them.
+    projections: prefill depth P -> [L - P, 2 Hkv E, D + rank], the input norm's gain folded in, as `project_kv` takes
+        them for rows [x_t, z_t].
+    features: P -> A [rank, D], z_t = A x_(t-1); rank may be 0.
     provenance: fingerprint of the model, tokens, window and, by depth, penalty and errors.
     """
 
     projections: dict[int, Tensor]
+    features: dict[int, Tensor]
     provenance: dict
 
     @property
     def depths(self) -> list[int]:
         return sorted(self.projections)
 
-    def projection(self, depth: int) -> Tensor:
-        """[L - P, 2 Hkv E, D] of a prefill depth; CalibrationError if it is none of these."""
+    def at(self, depth: int) -> tuple[Tensor, Tensor]:
+        """Projections [L - P, 2 Hkv E, D + rank] and features [rank, D] of a prefill depth; CalibrationError if it is
+        none of these.
+        """
         if depth not in self.projections:
             depths = ", ".join(map(str, self.depths))
             raise CalibrationError(f"prefill_depth is {depth} layers, but the calibration was made for {depths}")
-        return self.projections[depth]
+        return self.projections[depth], self.features[depth]
 
     def check(self, model) -> None:
         """CalibrationError unless it was made for this model's weights."""
@@ -66,6 +79,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         tensors = {f"projection.{depth}": tensor.contiguous() for depth, tensor in self.projections.items()}
+        tensors |= {f"features.{depth}": tensor.contiguous() for depth, tensor in self.features.items()}
         metadata = {"format": FORMAT, "provenance": json.dumps(self.provenance)}
         write_whole(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -81,17 +95,24 @@ class Calibration:
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"not a calibration of this version ({FORMAT})")
                 provenance = json.loads(metadata["provenance"])
-                depths = [int(name.removeprefix("projection.")) for name in file.keys()]  # noqa: SIM118
-                tensors = {depth: file.get_tensor(f"projection.{depth}").to(dtype) for depth in depths}
-            for depth, tensor in tensors.items():
-                shape = (spec.num_layers - depth, 2 * spec.num_kv_heads * spec.head_dim, spec.hidden_size)
-                if tensor.shape != shape or not tensor.isfinite().all():
-                    raise ValueError(f"projection.{depth} is {list(tensor.shape)}, expected {list(shape)}, finite")
+                names = [name.split(".") for name in file.keys()]  # noqa: SIM118
+                depths = [int(depth) for kind, depth in names if kind == "projection"]
+                projections, features = (
+                    {depth: file.get_tensor(f"{kind}.{depth}").to(dtype) for depth in depths}
+                    for kind in ("projection", "features")
+                )
+            rows = 2 * spec.num_kv_heads * spec.head_dim
+            for depth in depths:
+                rank = len(features[depth])
+                shapes = [rank, spec.hidden_size], [spec.num_layers - depth, rows, spec.hidden_size + rank]
+                for tensor, shape in zip((features[depth], projections[depth]), shapes, strict=True):
+                    if list(tensor.shape) != shape or not tensor.isfinite().all():
+                        raise ValueError(f"depth {depth} has a tensor {list(tensor.shape)}, expected {shape}, finite")
             if not isinstance(provenance.get("fingerprint"), str):
                 raise ValueError("its provenance has no fingerprint")
         except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise CalibrationError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from error
-        return cls(tensors, provenance)
+        return cls(projections, features, provenance)
 
 
 def normed(hidden: Tensor, eps: float) -> Tensor:
@@ -101,7 +122,9 @@ def normed(hidden: Tensor, eps: float) -> Tensor:
 
 
 class Moments:
-    """X^T X, X^T Y and Y^T Y's diagonal of a stream, all in float64. X [n, D]; Y [n, out] for each of `layers`."""
+    """X^T X, X^T Y and Y^T Y's diagonal of a stream, in float64; products of one block of rows are float32. X [n, in];
+    Y [n, out] for each of `layers`.
+    """
 
     def __init__(self, layers: range, inputs: int, outputs: int):
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
@@ -115,7 +138,7 @@ class Moments:
 
     def add_targets(self, layer: int, x: Tensor, y: Tensor) -> None:
         self.xy[layer] += x.T @ y
-        self.yy[layer] += y.square().sum(0)
+        self.yy[layer] += y.double().square().sum(0)
 
     def __add__(self, other: Moments) -> Moments:
         total = Moments(range(0), 0, 0)
@@ -124,16 +147,46 @@ class Moments:
         total.yy = {layer: self.yy[layer] + other.yy[layer] for layer in self.yy}
         return total
 
+    def of(self, matrix: Tensor) -> Moments:
+        """The moments of inputs `matrix` x, matrix [m, in]."""
+        result = Moments(range(0), 0, 0)
+        result.xx, result.count = matrix @ self.xx @ matrix.T, self.count
+        result.xy, result.yy = {layer: matrix @ xy for layer, xy in self.xy.items()}, self.yy
+        return result
+
     def solve(self, layer: int, own: Tensor, penalty: float, spectrum: tuple[Tensor, Tensor]) -> Tensor:
-        """The ridge solution [D, out] float64 with `spectrum`, the eigenvalues and eigenvectors of X^T X: sound however
-        nearly singular that is, as a negative eigenvalue can only be rounding."""
+        """The ridge solution [in, out] float64 with `spectrum`, the eigenvalues and eigenvectors of X^T X: sound
+        however nearly singular that is, as a negative eigenvalue can only be rounding."""
         values, vectors = spectrum
         damped = values.clamp_min(0) + penalty * values.mean()
         return own + vectors @ ((vectors.T @ (self.xy[layer] - self.xx @ own)) / damped[:, None])
 
     def errors(self, layer: int, weight: Tensor) -> Tensor:
-        """The squared error of `weight` [D, out] in each output, summed over the stream: [out]."""
+        """The squared error of `weight` [in, out] in each output, summed over the stream: [out]."""
         return (weight * (self.xx @ weight - 2 * self.xy[layer])).sum(0) + self.yy[layer]
+
+
+def features_of(moments: Moments, size: int, rank: int) -> Tensor:
+    """A [rank, size] float64 from the moments of inputs [x_t, x_(t-1)], each of `size`: of all A x_(t-1), what with x_t
+    predicts the keys of all layers best, each layer's in units of what x_t alone predicts of them.
+
+    Scaled so that a feature varies by 1 for given x_t.
+    """
+    if rank == 0:
+        return torch.zeros(0, size, dtype=torch.float64)
+    xx = moments.xx + 1e-4 * moments.xx.diagonal().mean() * torch.eye(2 * size, dtype=torch.float64)
+    now, both, before = xx[:size, :size], xx[:size, size:], xx[size:, size:]
+    factor = torch.linalg.cholesky(now)
+    rest = torch.linalg.cholesky(before - both.T @ torch.cholesky_solve(both, factor))  # of x_(t-1) given x_t
+    unexplained = []
+    for xy in moments.xy.values():
+        keys = xy[:, : xy.shape[1] // 2]
+        weight = torch.cholesky_solve(keys[:size], factor)
+        unexplained.append((keys[size:] - both.T @ weight) / (keys[:size] * weight).sum().sqrt())
+    unexplained = torch.linalg.solve_triangular(rest, torch.cat(unexplained, 1), upper=False)
+    _, vectors = torch.linalg.eigh(unexplained @ unexplained.T)
+    best = vectors[:, -rank:]
+    return math.sqrt(moments.count) * torch.linalg.solve_triangular(rest.T, best, upper=True).T
 
 
 def split(windows: list) -> tuple[list, list]:
@@ -146,10 +199,10 @@ def split(windows: list) -> tuple[list, list]:
 
 
 def _targets(model, layer: int, x: Tensor) -> Tensor:
-    """What layer `layer` makes of its own normed input x [n, D]: [n, 2 Hkv E] float64. A K-norm discards the scale of
+    """What layer `layer` makes of its own normed input x [n, D]: [n, 2 Hkv E] float32. A K-norm discards the scale of
     each token's key in each head, so there keys count with a root mean square of 1.
     """
-    y = (x @ model.weights.projection[layer].float().T).double()
+    y = x @ model.weights.projection[layer].float().T
     if model.spec.qk_norm:
         keys = y[:, : y.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))
         keys *= torch.rsqrt(keys.square().mean(-1, keepdim=True) + model.spec.rms_norm_eps)
@@ -157,11 +210,13 @@ def _targets(model, layer: int, x: Tensor) -> Tensor:
 
 
 def _own(model, layer: int, moments: Moments) -> Tensor:
-    """The layer's own weights [D, 2 Hkv E] float64; under a K-norm each head's keys at the scale that fits best."""
+    """The layer's own weights [in, 2 Hkv E] float64, nothing for features; under a K-norm each head's keys at the scale
+    that fits best.
+    """
     own = model.weights.projection[layer].double().T
+    own = torch.cat([own, own.new_zeros(len(moments.xx) - len(own), own.shape[1])])
     if model.spec.qk_norm:
-        own = own.clone()
-        heads = own[:, : own.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))  # [D, Hkv, E], a view
+        heads = own[:, : own.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))  # [in, Hkv, E], a view
         wanted = moments.xy[layer][:, : own.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))
         power = torch.einsum("dhe,dc,che->h", heads, moments.xx, heads)
         scale = (heads * wanted).sum((0, 2)) / power.clamp_min(1e-300)
@@ -175,11 +230,12 @@ def calibrate(
     windows: list[list[int]],
     depths: list[int],
     *,
+    rank: int = RANK,
     visuals: list[list[Visual]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
     """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens; visuals[i] are the
-    images of windows[i].
+    images of windows[i]. rank: features of the token before (0: none, and projections as large as the layers' own).
     """
     spec = model.spec
     for depth in depths:
@@ -187,35 +243,47 @@ def calibrate(
             raise ValueError(
                 f"prefill_depth is {depth}, expected 1 to {spec.num_layers - 1}: the full model skips nothing"
             )
+    if not 0 <= rank <= spec.hidden_size:
+        raise ValueError(f"rank is {rank}, expected 0 to the hidden size, {spec.hidden_size}")
     if len(windows) < 2:
         raise ValueError(f"the text has {len(windows)} windows, expected at least 2: one is held out")
     pairs = list(zip(windows, visuals if visuals is not None else [[]] * len(windows), strict=True))
     depths = sorted(set(depths))
     rows = 2 * spec.num_kv_heads * spec.head_dim
     layers = {depth: range(depth + 1, spec.num_layers) for depth in depths}
-    fitted, held_out = ({depth: Moments(layers[depth], spec.hidden_size, rows) for depth in depths} for _ in range(2))
+    size = spec.hidden_size
+    fitted, held_out = (
+        {depth: Moments(layers[depth], (1 + (rank > 0)) * size, rows) for depth in depths} for _ in range(2)
+    )
+    first = max(model.anchor_tokens, rank > 0)  # anchors have true keys and values, and unlike any other token's
     done = 0
-    size = max(1, min(BATCH, model.max_tokens // (max(map(len, windows)) + BLOCK_SIZE)))
+    count = max(1, min(BATCH, model.max_tokens // (max(map(len, windows)) + BLOCK_SIZE)))
     for part, moments in zip(split(pairs), (fitted, held_out), strict=True):
-        for start in range(0, len(part), size):
-            (batch, images), inputs = zip(*part[start : start + size], strict=True), {}
-            # Anchors have true keys and values, and unlike any other token's.
-            counted = torch.cat([torch.arange(len(window)) >= model.anchor_tokens for window in batch])
+        for start in range(0, len(part), count):
+            (batch, images), inputs = zip(*part[start : start + count], strict=True), {}
+            counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0]
             for layer, hidden in enumerate(model.hidden_states(list(batch), list(images))):
                 if layer == spec.num_layers:
                     break
-                x = normed(hidden[counted], spec.rms_norm_eps)
-                targets = _targets(model, layer, x) if inputs else None
+                x = normed(hidden, spec.rms_norm_eps)
+                targets = _targets(model, layer, x[counted]) if inputs else None
                 for depth, depth_x in inputs.items():
                     moments[depth].add_targets(layer, depth_x, targets)
                 if layer in depths:
-                    inputs[layer] = x = x.double()
-                    moments[layer].add_inputs(x)
+                    inputs[layer] = torch.cat([x[counted], x[counted - 1]], 1) if rank else x[counted]
+                    moments[layer].add_inputs(inputs[layer])
             done += len(batch)
             progress(done, len(windows))
 
-    projections, report = {}, {}
+    projections, features, report = {}, {}, {}
+    # `project_kv` divides [x, z] by its root mean square, which is that of x's D squares over D + rank
+    scale = torch.full((size + rank,), math.sqrt(size / (size + rank)), dtype=torch.float64)
+    scale[size:] /= FEATURE_SCALE
     for depth in depths:
+        features[depth] = features_of(fitted[depth], size, rank)
+        if rank:
+            joined = torch.block_diag(torch.eye(size, dtype=torch.float64), features[depth])
+            fitted[depth], held_out[depth] = fitted[depth].of(joined), held_out[depth].of(joined)
         own = {layer: _own(model, layer, fitted[depth]) for layer in layers[depth]}
         spectrum = torch.linalg.eigh(fitted[depth].xx)
         weights = {
@@ -235,7 +303,10 @@ def calibrate(
         everything = fitted[depth] + held_out[depth]
         spectrum = torch.linalg.eigh(everything.xx)
         solved = [everything.solve(layer, own[layer], best, spectrum).T for layer in layers[depth]]
-        projections[depth] = torch.stack([model.weights.projection[depth].double(), *solved]).to(model.dtype)
+        exact = model.weights.projection[depth].double()
+        exact = torch.cat([exact, exact.new_zeros(rows, rank)], 1)
+        projections[depth] = (torch.stack([exact, *solved]) * scale).to(model.dtype)
+        features[depth] = (features[depth] * FEATURE_SCALE).to(model.dtype)
         report[str(depth)] = {
             "penalty": best,
             "error_before": error(own),
@@ -243,10 +314,12 @@ def calibrate(
         }
     return Calibration(
         projections,
+        features,
         {
             "fingerprint": model.fingerprint(),
             "tokens": sum(map(len, windows)),
             "windows": len(windows),
+            "rank": rank,
             "dtype": str(model.dtype).removeprefix("torch."),
             "depths": report,
         },

@@ -46,6 +46,7 @@ class Sequence:
     num_cached: int = 0
     blocks: list[int] = field(default_factory=list)
     visuals: list[Visual] = field(default_factory=list)  # in order
+    last_hidden: torch.Tensor | None = None  # h[P] of the last token, while a turn takes several forward passes
 
     def add(self, visual: Visual) -> None:
         visual.position = visual.start + (self.visuals[-1].shift if self.visuals else 0)

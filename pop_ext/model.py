@@ -144,6 +144,7 @@ class Model(GenerationMixin):
         self.weights = load_weights(folder, self.spec, dtype)
         self.rope = RotaryEmbedding(self.config)
         self.rope_index = torch.tensor(self.spec.rope_index, dtype=torch.int32)
+        self._no_gain = torch.ones(self.spec.hidden_size)
         if self.calibration is not None:
             self.calibration.check(self)
         self.k_norms = torch.stack([layer.k_norm for layer in self.weights.layers]) if self.spec.qk_norm else None
@@ -186,7 +187,7 @@ class Model(GenerationMixin):
         if not 1 <= depth <= layers:
             raise ValueError(f"prefill_depth is {depth}, expected 1 to {layers} layers (or a float, a share of them)")
         if self.calibration is not None and depth < layers - 1:  # at the last layer's input nothing needs projecting
-            self.calibration.projection(depth)
+            self.calibration.at(depth)
         return depth
 
     def fingerprint(self) -> str:
@@ -338,6 +339,8 @@ class Model(GenerationMixin):
                 anchors = self.anchor_tokens
                 if self.spec.bidirectional_images:  # an image that begins within the anchors is one with them
                     anchors = max([anchors, *(v.end for v in sequence.visuals if v.start < self.anchor_tokens)])
+                if self._features(depth) is not None:  # no token's, where the one before it is not of this turn
+                    anchors = max(anchors, sequence.num_cached + 1)
                 shallow = (max(length, anchors), end - self.boundary_tokens) if not deep else (end, end)
                 pieces.append(Piece(sequence, sequence.num_cached, end, *shallow, length if all_logits else end - 1))
             chunks = _chunks(pieces, self.chunk_tokens, self.spec.bidirectional_images)
@@ -347,7 +350,7 @@ class Model(GenerationMixin):
                 del sequence.token_ids[length:], sequence.visuals[count:]
             raise
         for sequence, count in zip(sequences, images, strict=True):
-            sequence.num_cached = len(sequence.token_ids)
+            sequence.num_cached, sequence.last_hidden = len(sequence.token_ids), None
             for visual in sequence.visuals[count:]:
                 visual.features = None
         return torch.cat(logits) if len(logits) > 1 else logits[0]
@@ -367,13 +370,16 @@ class Model(GenerationMixin):
             hidden = self._add_visual(layer, self._layer(layer, hidden, batch), batch)
         clock = times.add("truncated_prefill", clock)
 
+        before = [piece.sequence.last_hidden for piece in pieces]
+        for piece, last in zip(pieces, hidden[batch.query_starts[1:].long() - 1], strict=True):
+            piece.sequence.last_hidden = last
         if num_deep < len(token_ids):
             offsets = dict(zip(map(id, pieces), batch.query_starts.tolist(), strict=False))
             deep = torch.cat(
                 [torch.arange(start, end) + (offsets[id(p)] - p.start) for p, start, end in deep_runs]
                 or [torch.empty(0).long()]
             )
-            self._project(depth, hidden, batch, batch.slots.index_fill(0, deep, -1))
+            self._project(depth, hidden, before, batch, batch.slots.index_fill(0, deep, -1))
             clock = times.add("projection", clock)
             if not deep_runs:
                 return torch.empty(0, spec.vocab_size)
@@ -391,13 +397,30 @@ class Model(GenerationMixin):
         times.add("boundary", clock)
         return logits
 
-    def _project(self, depth: int, hidden: Tensor, batch: Batch, slots: Tensor) -> None:
-        """Keys and values of the layers from `depth` up, projected from hidden [T, D], to the cache."""
-        weights = self.weights
+    def _features(self, depth: int) -> Tensor | None:
+        """What projections at `depth` take of the token before, [rank, D] as in `Calibration`; None: nothing."""
+        if self.calibration is None or depth >= self.spec.num_layers - 1:  # whose input is exact
+            return None
+        features = self.calibration.at(depth)[1]
+        return features if len(features) else None
+
+    def _project(
+        self, depth: int, hidden: Tensor, before: list[Tensor | None], batch: Batch, slots: Tensor
+    ) -> None:
+        """Keys and values of the layers from `depth` up, projected from hidden [T, D] and the hidden state [D] before
+        each run of tokens (None where its first is deep), to the cache.
+        """
+        weights, features = self.weights, self._features(depth)
         own = self.calibration is None or depth == self.spec.num_layers - 1  # whose input is exact
+        if features is not None:
+            rows = torch.stack([hidden[0] if row is None else row for row in before])
+            x = pop.rms_norm(torch.cat([rows, hidden]), self._no_gain, self.spec.rms_norm_eps)
+            previous = torch.arange(len(rows) - 1, len(x) - 1)
+            previous[batch.query_starts[:-1].long()] = torch.arange(len(rows))
+            hidden = torch.cat([x[len(rows) :], pop.linear(x, features)[previous]], 1)
         pop.project_kv(
             hidden,
-            weights.projection[depth:] if own else self.calibration.projection(depth),
+            weights.projection[depth:] if own else self.calibration.at(depth)[0],
             None if weights.projection_bias is None else weights.projection_bias[depth:],
             None if self.k_norms is None else self.k_norms[depth:],
             self.spec.rms_norm_eps,
