@@ -189,6 +189,15 @@ def features_of(moments: Moments, size: int, rank: int) -> Tensor:
     return math.sqrt(moments.count) * torch.linalg.solve_triangular(rest.T, best, upper=True).T
 
 
+def column_scale(size: int, rank: int) -> Tensor:
+    """[size + rank] float64: what turns a projection of [x, z] into that of `project_kv`'s rows, which have the features
+    FEATURE_SCALE as large, and are divided by their root mean square: x's `size` squares over size + rank.
+    """
+    scale = torch.full((size + rank,), math.sqrt(size / (size + rank)), dtype=torch.float64)
+    scale[size:] /= FEATURE_SCALE
+    return scale
+
+
 def split(windows: list) -> tuple[list, list]:
     """Windows to fit on, and those held out: every eighth, counted from the last."""
     held_out = set(range(len(windows) - 1, -1, -HELD_OUT))
@@ -276,9 +285,6 @@ def calibrate(
             progress(done, len(windows))
 
     projections, features, report = {}, {}, {}
-    # `project_kv` divides [x, z] by its root mean square, which is that of x's D squares over D + rank
-    scale = torch.full((size + rank,), math.sqrt(size / (size + rank)), dtype=torch.float64)
-    scale[size:] /= FEATURE_SCALE
     for depth in depths:
         features[depth] = features_of(fitted[depth], size, rank)
         if rank:
@@ -305,7 +311,7 @@ def calibrate(
         solved = [everything.solve(layer, own[layer], best, spectrum).T for layer in layers[depth]]
         exact = model.weights.projection[depth].double()
         exact = torch.cat([exact, exact.new_zeros(rows, rank)], 1)
-        projections[depth] = (torch.stack([exact, *solved]) * scale).to(model.dtype)
+        projections[depth] = (torch.stack([exact, *solved]) * column_scale(size, rank)).to(model.dtype)
         features[depth] = (features[depth] * FEATURE_SCALE).to(model.dtype)
         report[str(depth)] = {
             "penalty": best,

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
-from .calibration import Calibration, CalibrationError, split
+from .calibration import FEATURE_SCALE, Calibration, CalibrationError, column_scale, normed, split
 from .checkpoint import open_safetensors
 from .text import write_whole
 
@@ -40,33 +40,36 @@ class DeepLayers:
     They take a second copy of the model's weights, in the model's dtype.
     """
 
-    def __init__(self, model, depth: int):
+    def __init__(self, model, depth: int, features: Tensor):
+        """features [rank, D] of x_(t-1)."""
         from transformers import AutoModelForCausalLM
 
-        self.model, self.depth = model, depth
+        self.model, self.depth, self.features = model, depth, features
         full = AutoModelForCausalLM.from_pretrained(model.folder, dtype=model.dtype, attn_implementation="sdpa")
         full.eval().requires_grad_(False)
         self.layers = full.model.layers[depth:]
         self.final_norm, self.lm_head = full.model.norm, full.lm_head
 
     def __call__(self, hidden: Tensor, projection: Tensor, starts: Tensor) -> Tensor:
-        """hidden [B, T, D] before layer `depth`; projection [L - P, 2 Hkv E, D]; starts [T]: where the block of each
-        token starts. Returns the hidden states [B, T, D] after the last layer.
+        """hidden [B, T, D] before layer `depth`; projection [L - P, 2 Hkv E, D + rank] of [x, z]; starts [T]: where the
+        block of each token starts. Returns the hidden states [B, T, D] after the last layer.
         """
         model, spec = self.model, self.model.spec
         tokens = torch.arange(hidden.shape[1])
-        x = hidden.float()
-        x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.rms_norm_eps)).to(hidden.dtype)
+        x = normed(hidden, spec.rms_norm_eps)
+        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+        inputs = torch.cat([x, linear(before, self.features)], -1).to(hidden.dtype)
         cos, sin = model.rope(tokens)  # [ropes, T, E / 2]
         cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
-        shallow = (tokens < starts[:, None]) & (tokens >= model.anchor_tokens)  # [query, key]
+        first = max(model.anchor_tokens, len(self.features) > 0)
+        shallow = (tokens < starts[:, None]) & (tokens >= first)  # [query, key]
         deep = (tokens <= tokens[:, None]) & ~shallow
         seen = torch.cat([shallow, deep], -1)
         distance = (tokens[:, None] - tokens).repeat(1, 2)
         for offset, layer in enumerate(self.layers):
             index = self.depth + offset
             rope = spec.rope_index[index]
-            kv = linear(x, projection[offset].to(x.dtype))
+            kv = linear(inputs, projection[offset].to(inputs.dtype))
             if model.weights.projection_bias is not None:
                 kv = kv + model.weights.projection_bias[index]
             keys, values = kv.unflatten(-1, (2, spec.num_kv_heads, spec.head_dim)).transpose(1, 3).unbind(2)
@@ -75,12 +78,12 @@ class DeepLayers:
                 keys = keys * torch.rsqrt(keys.square().mean(-1, keepdim=True) + spec.rms_norm_eps)
                 keys = keys * model.k_norms[index]
             first, second = keys.chunk(2, -1)
-            keys = (keys * cos[rope] + torch.cat([-second, first], -1) * sin[rope]).to(x.dtype)
+            keys = (keys * cos[rope] + torch.cat([-second, first], -1) * sin[rope]).to(hidden.dtype)
             window = spec.windows[index]
             hidden = layer(
                 hidden,
                 attention_mask=(seen & (distance < window) if window else seen)[None, None],
-                position_embeddings=(cos[rope][None].to(x.dtype), sin[rope][None].to(x.dtype)),
+                position_embeddings=(cos[rope][None].to(hidden.dtype), sin[rope][None].to(hidden.dtype)),
                 past_key_values=_Projected(keys, values),
             )
         return hidden
@@ -121,7 +124,7 @@ class _State:
     """What a run needs to go on: everything random follows from seed and step."""
 
     step: int
-    weight: Tensor  # [L - P, 2 Hkv E, D] float32
+    weight: Tensor  # [L - P, 2 Hkv E, D + rank] float32
     first: Tensor  # Adam's moments
     second: Tensor
     best: Tensor
@@ -180,10 +183,12 @@ def refine(
 def _refine_depth(model, calibration, windows, depth, steps, path, seed, report) -> None:
     fitted, held_out = split(windows)
     held_out = held_out[:HELD_OUT_WINDOWS]
-    start = calibration.projections[depth].float()
+    projection, features = calibration.at(depth)
+    scale = column_scale(model.spec.hidden_size, len(features)).float()
+    start = projection.float() / scale
     key = hashlib.sha256(repr((model.fingerprint(), windows, depth, steps, seed)).encode())
     key = hashlib.sha256(key.digest() + start.numpy().tobytes()).hexdigest()
-    deep = DeepLayers(model, depth)
+    deep = DeepLayers(model, depth, features.float() / FEATURE_SCALE)
     inputs, outputs = _ends(model, fitted, depth)
     check_inputs, check_outputs = _ends(model, held_out, depth)
 
@@ -231,7 +236,7 @@ def _refine_depth(model, calibration, windows, depth, steps, path, seed, report)
                 now.save(path, key)
         report(now.step, now.best_kl)
     entry["refined"][-1]["kl_after"] = now.best_kl
-    calibration.projections[depth] = now.best.to(calibration.projections[depth].dtype)
+    calibration.projections[depth] = (now.best * scale).to(projection.dtype)
     if path is not None:
         path.unlink(missing_ok=True)
 
