@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,6 +16,7 @@ from test_generation import make_chat_folder
 
 import pop_ext
 from pop_ext import calibration, refinement
+from pop_ext import text as texts
 
 
 def random_windows(count: int, length: int, seed: int = 0, vocabulary: int = 293) -> list[list[int]]:
@@ -303,6 +307,70 @@ def test_command_without_text(chat_folder, tmp_path, monkeypatch):
     assert second.exit_code == 0 and cached.stat().st_mtime_ns == written
     tensors = [calibration.Calibration.load(path, pop_ext.load(chat_folder).spec, torch.float32) for path in (output,)]
     assert tensors[0].depths == [3] and len(output.read_bytes()) == pytest.approx(len(data), abs=64)
+
+
+def test_default_text(chat_folder, tmp_path, monkeypatch):
+    """A fifth of Python's help, from all over it, then samples, every other one with its punctuation set apart."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = pop_ext.load(chat_folder, dtype=torch.float32)
+    model.fingerprint = lambda: "of this test"
+    found = texts.default_text(model, 6000)
+    samples = texts.sampled_texts(model, 6000 - 2 * texts.PIECE)
+    assert sum(len(texts.encode(model.tokenizer, sample)[1]) for sample in samples) > 2000
+    parts = "\n\n".join(texts.set_apart(sample) if i % 2 else sample for i, sample in enumerate(samples))
+    assert found.endswith("\n\n" + parts)
+    pieces = found.removesuffix(parts)
+    assert len(texts.encode(model.tokenizer, pieces)[1]) == pytest.approx(2 * texts.PIECE, rel=0.1)
+    assert texts.set_apart('Hm: "It isn\'t, is it?"  (No.)\nx') == 'Hm : " It isn \'t , is it ? " ( No . ) \nx'
+
+
+def test_boundary_and_anchor_reach_calibration(chat_folder, tmp_path, monkeypatch):
+    source, output = tmp_path / "text.txt", tmp_path / "c.safetensors"
+    source.write_text("".join(f"Line {i} of a text with {i * i} words, more or less. " for i in range(300)))
+    seen = []
+    monkeypatch.setattr(refinement, "refine", lambda model, *_, **__: seen.append(model.boundary_tokens))
+    options = ("calibrate", chat_folder, "--prefill-depth", 3, "--text", source, "--output", output, "--json")
+    files = []
+    for anchors in (0, 1, 5):
+        result = pop(*options, "--boundary-tokens", 3, "--anchor-tokens", anchors, "--refine", 1, "--dtype", "float32")
+        assert result.exit_code == 0, result.stderr
+        provenance = json.loads(result.stdout)
+        assert provenance["anchor_tokens"] == anchors and provenance["boundary_tokens"] == 3
+        files.append(calibration.Calibration.load(output, pop_ext.load(chat_folder).spec, torch.float32).projection(3))
+    assert seen == [3, 3, 3]
+    # anchors are left out of the fit
+    assert not torch.equal(files[0], files[1]) and not torch.equal(files[1], files[2])
+    failed = pop(*options, "--anchor-tokens", -1)
+    assert failed.exit_code == 1 and "anchor_tokens is -1" in failed.stderr
+
+
+def test_progress_is_for_terminals(chat_folder, tmp_path):
+    """A bar with the held-out KL where standard error is a terminal, nothing where it is a pipe."""
+    source = tmp_path / "text.txt"
+    source.write_text("".join(f"Line {i} of a text with {i * i} words, more or less. " for i in range(300)))
+    command = [
+        sys.executable, "-m", "pop_ext.cli", "calibrate", str(chat_folder), "--prefill-depth", "4", "--refine", "2",
+        "--text", str(source), "--output", str(tmp_path / "c"), "--json",
+    ]  # fmt: skip
+    piped = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert piped.returncode == 0 and piped.stderr == "" and json.loads(piped.stdout)["depths"]["4"]["refined"]
+    terminal, end = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, text=True, env=environment) as process:
+        os.close(end)
+        shown = b""
+        while True:
+            try:
+                shown += (data := os.read(terminal, 65536))
+            except OSError:  # what Linux says at the end of a terminal
+                break
+            if not data:
+                break
+        assert json.loads(process.stdout.read())["depths"]["4"]["refined"]
+    os.close(terminal)
+    assert process.returncode == 0
+    for part in ("calibrating", "refining depth 4, held-out KL", "100%"):
+        assert part in shown.decode()
 
 
 def test_command_refuses(chat_folder, tiny_llama, tmp_path):
