@@ -87,10 +87,10 @@ def pydoc_text() -> str:
 
 def default_text(model, tokens: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None):
     """Text to calibrate on where none is given: the model's own samples, every other one with its punctuation set
-    apart, and of Python's help a fifth, in pieces spread over all of it.
+    apart, and a tenth Python's help, in pieces spread over all of it.
     """
     _, pydoc = encode(model.tokenizer, pydoc_text())
-    count, piece = max(1, tokens // 5 // PIECE), min(PIECE, len(pydoc))
+    count, piece = max(1, tokens // 10 // PIECE), min(PIECE, len(pydoc))
     starts = [i * (len(pydoc) - piece) // count for i in range(count)]
     pieces = [model.tokenizer.decode(pydoc[start : start + piece]) for start in starts]
     samples = sampled_texts(model, tokens - count * piece, seed, progress)
@@ -123,15 +123,15 @@ def load_tokenizer(path: str | Path):
 def sampled_texts(
     model, tokens: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[str]:
-    """Texts of about `tokens` tokens in all that the model writes itself after a line break, at temperature 1; cached
-    on disk, as it takes a while.
+    """Texts of about `tokens` tokens in all that the model writes itself at temperature 1, from the beginning of a
+    sequence or, where the tokenizer has no token for that, a line break; cached on disk, as it takes a while.
     """
-    name = hashlib.sha256(f"{model.fingerprint()} {model.dtype} {tokens} {seed}".encode()).hexdigest()[:32]
-    path = cache_folder() / f"samples-{name}.json"
+    bos, line_break = encode(model.tokenizer, "\n")
+    start = bos or line_break or [0]
+    key = f"{model.fingerprint()} {model.dtype} {start} {tokens} {seed}"
+    path = cache_folder() / f"samples-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if path.exists():
         return json.loads(read_text(path))
-    bos, line_break = encode(model.tokenizer, "\n")
-    start = [*bos, *line_break] or [0]
     length = min(512, model.spec.max_position_embeddings)
     rows = max(1, min(64, model.max_tokens // (-(-length // BLOCK_SIZE) * BLOCK_SIZE)))
     texts, done = [], 0

@@ -310,13 +310,13 @@ def test_command_without_text(chat_folder, tmp_path, monkeypatch):
 
 
 def test_default_text(chat_folder, tmp_path, monkeypatch):
-    """A fifth of Python's help, from all over it, then samples, every other one with its punctuation set apart."""
+    """A tenth Python's help, from all over it, then samples, every other one with its punctuation set apart."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = pop_ext.load(chat_folder, dtype=torch.float32)
     model.fingerprint = lambda: "of this test"
-    found = texts.default_text(model, 6000)
-    samples = texts.sampled_texts(model, 6000 - 2 * texts.PIECE)
-    assert sum(len(texts.encode(model.tokenizer, sample)[1]) for sample in samples) > 2000
+    found = texts.default_text(model, 12_000)
+    samples = texts.sampled_texts(model, 12_000 - 2 * texts.PIECE)
+    assert sum(len(texts.encode(model.tokenizer, sample)[1]) for sample in samples) > 5000
     parts = "\n\n".join(texts.set_apart(sample) if i % 2 else sample for i, sample in enumerate(samples))
     assert found.endswith("\n\n" + parts)
     pieces = found.removesuffix(parts)
@@ -390,3 +390,38 @@ def test_command_refuses(chat_folder, tiny_llama, tmp_path):
     text.write_bytes(b"\xff\xfe\xff" * 1000)
     assert "not UTF-8" in pop("calibrate", chat_folder, "--prefill-depth", 3, *options).stderr
     assert [file.name for file in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_failure_leaves_the_file_that_was_there(chat_folder, tmp_path, monkeypatch):
+    text, output = tmp_path / "text.txt", tmp_path / "c.safetensors"
+    text.write_text("A line of text, again and again. " * 200)
+    output.write_bytes(b"of before")
+
+    def full_disk(tensors, path, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(calibration, "save_file", full_disk)
+    failed = pop("calibrate", chat_folder, "--prefill-depth", 3, "--text", text, "--output", output)
+    assert failed.exit_code == 1 and "No space left" in failed.stderr
+    assert output.read_bytes() == b"of before"
+    assert {file.name for file in tmp_path.iterdir()} == {"text.txt", "c.safetensors"}
+
+
+def test_commands_refuse_a_file_that_is_cut_off(chat_folder, tmp_path):
+    text, output = tmp_path / "text.txt", tmp_path / "c.safetensors"
+    text.write_text("A line of text, again and again. " * 200)
+    calibration.calibrate(pop_ext.load(chat_folder), random_windows(4, 50), [3]).save(output)
+    data = output.read_bytes()
+    depth = ("--prefill-depth", 3, "--calibration", output)
+    commands = (
+        ("generate", chat_folder, "--prompt", "Hello", *depth),
+        ("evaluate", chat_folder, "--text", text, "--prompts", 2, "--prompt-tokens", 40, *depth),
+    )
+    for size in (0, 100, len(data) - 1):
+        output.write_bytes(data[:size])
+        for command in commands:
+            failed = pop(*command)
+            assert failed.exit_code == 1 and failed.stdout == "" and failed.stderr.startswith("pop: ")
+            assert str(output) in failed.stderr and failed.stderr.count("\n") == 1
