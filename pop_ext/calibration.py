@@ -33,7 +33,10 @@ from .kv_cache import BLOCK_SIZE, Visual
 from .text import write_whole
 
 FORMAT = "pop-calibration-2"
-PENALTIES = tuple(10.0**-k for k in range(1, 9))  # relative to the mean of the diagonal of X^T X
+PENALTIES = tuple(10.0 ** (-k / 2) for k in range(2, 17))  # relative to the mean of the diagonal of X^T X
+# The largest penalty counts as best whose held-out error is within a hundredth of the least: the curve is flat there,
+# and text unlike the calibration's does better nearer to the own weights.
+SLACK = 0.01
 HELD_OUT = 8  # every eighth window chooses the penalty and measures the errors
 WINDOW = 512  # tokens
 BATCH = 4  # windows of one forward pass
@@ -239,12 +242,13 @@ def calibrate(
     windows: list[list[int]],
     depths: list[int],
     *,
-    rank: int = RANK,
+    rank: int | None = None,
     visuals: list[list[Visual]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
     """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens; visuals[i] are the
-    images of windows[i]. rank: features of the token before (0: none, and projections as large as the layers' own).
+    images of windows[i]. rank: features of the token before, by default RANK or the hidden size if that is less (0: none,
+    and projections as large as the layers' own).
     """
     spec = model.spec
     for depth in depths:
@@ -252,6 +256,7 @@ def calibrate(
             raise ValueError(
                 f"prefill_depth is {depth}, expected 1 to {spec.num_layers - 1}: the full model skips nothing"
             )
+    rank = min(RANK, spec.hidden_size) if rank is None else rank
     if not 0 <= rank <= spec.hidden_size:
         raise ValueError(f"rank is {rank}, expected 0 to the hidden size, {spec.hidden_size}")
     if len(windows) < 2:
@@ -305,7 +310,8 @@ def calibrate(
             }
 
         errors = {penalty: error(weights[penalty]) for penalty in PENALTIES}
-        best = min(PENALTIES, key=lambda penalty: sum(errors[penalty].values()))
+        sums = {penalty: sum(errors[penalty].values()) for penalty in PENALTIES}
+        best = max(penalty for penalty in PENALTIES if sums[penalty] <= (1 + SLACK) * min(sums.values()))
         everything = fitted[depth] + held_out[depth]
         spectrum = torch.linalg.eigh(everything.xx)
         solved = [everything.solve(layer, own[layer], best, spectrum).T for layer in layers[depth]]

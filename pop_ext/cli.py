@@ -368,7 +368,12 @@ def calibrate(
     ] = None,
     samples: Samples = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use at most.")] = 50_000,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Features of the token before; 0: none, and no cost.", show_default="64")
+    ] = None,
     refine: Annotated[int, typer.Option(min=0, help="Gradient steps that follow the closed form.")] = 0,
+    boundary_tokens: Boundary = 1,
+    anchor_tokens: Anchor = 1,
     seed: Seed = 0,
     dtype: Annotated[DType, typer.Option(help="Data type of the model.")] = DType.bfloat16,
     as_json: Json = False,
@@ -382,7 +387,8 @@ def calibrate(
     source = read_texts(text, samples) if text or samples else None
     if samples and refine:
         raise ValueError("--refine works on text, expected it without --samples")
-    loaded = load_model(model, dtype)
+    room = None if text or samples else 32_768  # of the cache: for many samples at a time
+    loaded = load_model(model, dtype, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, max_tokens=room)
     from pop_ext import calibration as calibrations
     from pop_ext import text as texts
 
@@ -400,9 +406,11 @@ def calibrate(
     else:
         windows = texts.windows(loaded.tokenizer, source, length)[: max(2, tokens // length)]
     with progress_bar("calibrating") as report:
-        result = calibrations.calibrate(loaded, windows, depths, visuals=visuals, progress=report)
+        result = calibrations.calibrate(loaded, windows, depths, rank=rank, visuals=visuals, progress=report)
     result.provenance |= {
         "text": [file.name for file in text or [samples]] if text or samples else ["default"],
+        "boundary_tokens": boundary_tokens,
+        "anchor_tokens": anchor_tokens,
         "sampling_seconds": sampled - start,
         "seconds": time.perf_counter() - sampled,
     }

@@ -7,10 +7,14 @@ one: a model that was trained to see it first behaves differently without.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from .kv_cache import BLOCK_SIZE
 
 
 def write_whole(path: Path, write) -> None:
@@ -82,14 +86,24 @@ def pydoc_text() -> str:
 
 
 def default_text(model, tokens: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None):
-    """Text to calibrate on where none is given: a third of Python's help, in pieces spread over all of it, and two
-    thirds of the model's own samples.
+    """Text to calibrate on where none is given: the model's own samples, every other one with its punctuation set
+    apart, and a tenth Python's help, in pieces spread over all of it.
     """
     _, pydoc = encode(model.tokenizer, pydoc_text())
-    count, piece = max(1, tokens // 3 // PIECE), min(PIECE, len(pydoc))
+    count, piece = max(1, tokens // 10 // PIECE), min(PIECE, len(pydoc))
     starts = [i * (len(pydoc) - piece) // count for i in range(count)]
     pieces = [model.tokenizer.decode(pydoc[start : start + piece]) for start in starts]
-    return "\n\n".join([*pieces, sampled_text(model, tokens - count * piece, seed, progress)])
+    samples = sampled_texts(model, tokens - count * piece, seed, progress)
+    samples[1::2] = map(set_apart, samples[1::2])
+    return "\n\n".join([*pieces, *samples])
+
+
+def set_apart(text: str) -> str:
+    """`text` with spaces around its punctuation, as in tokenised corpora (Penn Treebank, WikiText): spacing is as much
+    of a text's kind as its words are, and models write little text of this one.
+    """
+    text = re.sub(r"(\w)'(\w)", r"\1 '\2", re.sub(r'([,.;:!?()"“”])', r" \1 ", text))
+    return re.sub("  +", " ", text)
 
 
 def load_tokenizer(path: str | Path):
@@ -106,34 +120,34 @@ def load_tokenizer(path: str | Path):
         raise ValueError(f"{path} has no tokenizer: text cannot be turned into tokens ({error})") from error
 
 
-def sampled_text(
+def sampled_texts(
     model, tokens: int, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
-) -> str:
-    """About `tokens` tokens of text that the model writes itself at temperature 1, from nothing; cached on disk, as it
-    takes a while.
+) -> list[str]:
+    """Texts of about `tokens` tokens in all that the model writes itself at temperature 1, from the beginning of a
+    sequence or, where the tokenizer has no token for that, a line break; cached on disk, as it takes a while.
     """
-    name = hashlib.sha256(f"{model.fingerprint()} {model.dtype} {tokens} {seed}".encode()).hexdigest()[:32]
-    path = cache_folder() / f"sampled-{name}.txt"
+    bos, line_break = encode(model.tokenizer, "\n")
+    start = bos or line_break or [0]
+    key = f"{model.fingerprint()} {model.dtype} {start} {tokens} {seed}"
+    path = cache_folder() / f"samples-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if path.exists():
-        return read_text(path)
-    tokenizer = model.tokenizer
-    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, *encode(tokenizer, "\n")[1], 0)
-    start = next(token for token in starts if token is not None)
-    length = min(512, model.spec.max_position_embeddings - 1)
-    rows = max(1, min(16, model.max_tokens // (length + 1)))
+        return json.loads(read_text(path))
+    length = min(512, model.spec.max_position_embeddings)
+    rows = max(1, min(64, model.max_tokens // (-(-length // BLOCK_SIZE) * BLOCK_SIZE)))
     texts, done = [], 0
     while done < tokens:
+        if texts:  # no more than are missing
+            rows = min(rows, -(-(tokens - done) * len(texts) // done))
         output = model.generate(
-            [[start]] * rows, prefill_depth=1.0, max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0,
-            top_p=1.0, seed=seed + len(texts),
+            [start] * rows, prefill_depth=1.0, max_new_tokens=length - len(start), do_sample=True, temperature=1.0,
+            top_k=0, top_p=1.0, repetition_penalty=1.0, seed=seed + len(texts),
         )  # fmt: skip
         texts += output.text
         done += sum(map(len, output.tokens))
         progress(min(done, tokens), tokens)
-    text = "\n\n".join(texts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: Path(temporary).write_bytes(text.encode()))
-    return text
+    write_whole(path, lambda temporary: Path(temporary).write_text(json.dumps(texts), encoding="utf-8"))
+    return texts
 
 
 def cache_folder() -> Path:

@@ -16,6 +16,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-
 from lm_eval.api.instance import Instance
 
 import pop_ext
+from pop_ext.calibration import calibrate
 from pop_ext.lm_eval import POP
 
 QUESTIONS = [
@@ -133,7 +134,10 @@ def test_bad_arguments(folder, tiny_llama):
 
 
 def test_command_line(folder, tmp_path):
-    """lm-eval's own command line, offline, on a multiple-choice and a generation task."""
+    """lm-eval's own command line, offline, on a multiple-choice and a generation task, with calibrated projections."""
+    windows = torch.randint(200, (8, 50), generator=torch.Generator().manual_seed(0)).tolist()
+    calibration = tmp_path / "c.safetensors"
+    calibrate(pop_ext.load(folder, dtype=torch.float32), windows, [3]).save(calibration)
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(map(json.dumps, QUESTIONS)))
     for name, task in (("choice", CHOICE_TASK), ("generate", GENERATE_TASK)):
@@ -141,7 +145,8 @@ def test_command_line(folder, tmp_path):
     result = subprocess.run(
         [
             sys.executable, "-m", "pop_ext.lm_eval", "--model", "pop",
-            "--model_args", f"pretrained={folder},prefill_depth=3,dtype=float32", "--tasks", "pop_choice,pop_generate",
+            "--model_args", f"pretrained={folder},prefill_depth=3,dtype=float32,calibration={calibration}",
+            "--tasks", "pop_choice,pop_generate",
             "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples",
         ],
         capture_output=True, text=True, timeout=300,
@@ -151,13 +156,25 @@ def test_command_line(folder, tmp_path):
     (report,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(report.read_text())["results"]
     assert results.keys() == {"pop_choice", "pop_generate"}
-    model = pop_ext.load(folder, 3, dtype=torch.float32)
-    right = 0
-    for row in QUESTIONS:
+    model = pop_ext.load(folder, 3, dtype=torch.float32, calibration=calibration)
+    own = pop_ext.load(folder, 3, dtype=torch.float32)
+    logged = {}
+    for task in results:
+        (file,) = (tmp_path / "out").rglob(f"samples_{task}_*.jsonl")
+        logged[task] = [json.loads(line) for line in file.read_text().splitlines()]
+    right, differs = 0, False
+    for row, choice_log, answer_log in zip(QUESTIONS, *(logged[task] for task in sorted(logged)), strict=True):
         prompt = model.tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
         scores = []
         for choice in row["choices"]:
             target = model.tokenizer(f"Question: {row['question']}\nAnswer: {choice}").input_ids[len(prompt) :]
             scores.append(model.logits([prompt], [target])[0].log_softmax(-1)[range(len(target)), target].sum().item())
+            plain = own.logits([prompt], [target])[0].log_softmax(-1)[range(len(target)), target].sum().item()
+            differs |= abs(plain - scores[-1]) > 0.01
+        found = [float(response[0][0]) for response in choice_log["resps"]]
+        assert found == pytest.approx(scores, abs=1e-3)
         right += scores.index(max(scores)) == row["answer"]
+        answer = model.generate([prompt], max_new_tokens=6, do_sample=False).text[0]
+        assert answer_log["resps"][0][0] == answer.split("\n")[0]
+    assert differs  # the calibration was used
     assert results["pop_choice"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
