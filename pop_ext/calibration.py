@@ -193,8 +193,8 @@ def features_of(moments: Moments, size: int, rank: int) -> Tensor:
 
 
 def column_scale(size: int, rank: int) -> Tensor:
-    """[size + rank] float64: what turns a projection of [x, z] into that of `project_kv`'s rows, which have the features
-    FEATURE_SCALE as large, and are divided by their root mean square: x's `size` squares over size + rank.
+    """[size + rank] float64: what turns a projection of [x, z] into that of `project_kv`'s rows, whose features are
+    FEATURE_SCALE as large, and which it divides by their root mean square: x's `size` squares over size + rank.
     """
     scale = torch.full((size + rank,), math.sqrt(size / (size + rank)), dtype=torch.float64)
     scale[size:] /= FEATURE_SCALE
@@ -247,8 +247,8 @@ def calibrate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
     """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens; visuals[i] are the
-    images of windows[i]. rank: features of the token before, by default RANK or the hidden size if that is less (0: none,
-    and projections as large as the layers' own).
+    images of windows[i]. rank: features of the token before, by default RANK, or the hidden size if that is less (0:
+    none, and projections as large as the layers' own).
     """
     spec = model.spec
     for depth in depths:

@@ -404,9 +404,7 @@ class Model(GenerationMixin):
         features = self.calibration.at(depth)[1]
         return features if len(features) else None
 
-    def _project(
-        self, depth: int, hidden: Tensor, before: list[Tensor | None], batch: Batch, slots: Tensor
-    ) -> None:
+    def _project(self, depth: int, hidden: Tensor, before: list[Tensor | None], batch: Batch, slots: Tensor) -> None:
         """Keys and values of the layers from `depth` up, projected from hidden [T, D] and the hidden state [D] before
         each run of tokens (None where its first is deep), to the cache.
         """

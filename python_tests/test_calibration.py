@@ -68,8 +68,34 @@ def test_sound_where_nothing_is_to_be_learned():
     assert weight.isfinite().all() and torch.allclose(null @ weight, null @ own, atol=1e-6)
 
 
-def reference_projection(folder, windows, depth: int, layer: int, penalty: float, anchors: int):
-    """The same ridge regression from transformers' hidden states, in float64 throughout: [out, D], with Y for x."""
+def test_features_are_what_the_token_before_tells():
+    """Keys that hang on three directions of it: three features find them, two do not."""
+    torch.manual_seed(0)
+    now, before = torch.randn(900, 20).double(), torch.randn(900, 20).double() + 3
+    x = torch.cat([now, before + now @ torch.randn(20, 20).double()], 1)
+    y = now @ torch.randn(20, 8).double() + x[:, 20:] @ torch.randn(20, 3).double() @ torch.randn(3, 8).double()
+    moments = calibration.Moments(range(2), 40, 16)
+    moments.add_inputs(x)
+    for layer in range(2):
+        moments.add_targets(layer, x, torch.cat([y * (1 + layer), torch.randn(900, 8).double()], 1))
+    left = []
+    for rank in (2, 3):
+        features = calibration.features_of(moments, 20, rank)
+        of = moments.of(torch.block_diag(torch.eye(20, dtype=torch.float64), features))
+        weight = of.solve(0, torch.zeros(20 + rank, 16).double(), 1e-9, torch.linalg.eigh(of.xx))
+        left.append(of.errors(0, weight)[:8].sum() / moments.yy[0][:8].sum())
+    assert left[0] > 1e-3 and left[1] < 1e-6, left
+
+
+def test_rank_is_bounded(tiny_llama):
+    model = pop_ext.load(tiny_llama, dtype=torch.float32)
+    for rank in (-1, 1 + model.spec.hidden_size):
+        with pytest.raises(ValueError, match=f"rank is {rank}, expected 0 to the hidden size"):
+            calibration.calibrate(model, random_windows(4, 50), [2], rank=rank)
+
+
+def reference_projection(folder, windows, depth: int, layer: int, penalty: float, anchors: int, features):
+    """The same ridge regression from transformers' hidden states, in float64 throughout: [out, D + rank], Y for x."""
     model = transformers_model(folder, torch.float32)
     attention, norm = model.model.layers[layer].self_attn, model.model.layers[layer].input_layernorm
     own_norm_gain = norm.weight.double() + (1.0 if "gemma" in model.config.model_type else 0.0)
@@ -80,26 +106,36 @@ def reference_projection(folder, windows, depth: int, layer: int, penalty: float
             states = model(input_ids=torch.tensor([window]), output_hidden_states=True).hidden_states
             h, target = states[depth][0, anchors:].double(), states[layer][0, anchors:].double()
             eps = model.config.rms_norm_eps
-            xs.append(h / (h.square().mean(-1, keepdim=True) + eps).sqrt())
+            x = h / (h.square().mean(-1, keepdim=True) + eps).sqrt()
+            xs.append(torch.cat([x[1:], x[:-1] @ features.double().T], 1) if len(features) else x)
+            target = target[len(target) - len(xs[-1]) :]
             ys.append(target / (target.square().mean(-1, keepdim=True) + eps).sqrt() * own_norm_gain @ kv.T)
     x, y, own = torch.cat(xs), torch.cat(ys), (kv * own_norm_gain).T
+    own = torch.cat([own, own.new_zeros(len(features), own.shape[1])])
     gram = x.T @ x
     damped = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     return (own + torch.linalg.solve(damped, x.T @ (y - x @ own))).T
 
 
-def test_every_family_against_transformers(tiny):
+@pytest.mark.parametrize("rank", [0, 8])
+def test_every_family_against_transformers(tiny, rank):
     """The projections of one layer; attention biases stay out of the targets, Gemma's norm gains in."""
-    model = pop_ext.load(tiny, dtype=torch.float32)
+    model = pop_ext.load(tiny, dtype=torch.float32, anchor_tokens=1 - (rank > 0))
     windows, depth = random_windows(9, 60), 2
-    result = calibration.calibrate(model, windows, [depth])
-    assert torch.equal(result.projection(depth)[0], model.weights.projection[depth])
+    result = calibration.calibrate(model, windows, [depth], rank=rank)
+    projection, features = result.at(depth)
+    size = model.spec.hidden_size
+    assert features.shape == (rank, size)
+    projection = projection / calibration.column_scale(size, rank)
+    own = model.weights.projection[depth].double()
+    torch.testing.assert_close(projection[0], torch.cat([own, own.new_zeros(len(own), rank)], 1), rtol=1e-6, atol=0)
     layer = model.spec.num_layers - 1
     # with a K-norm, keys are fitted up to the scale that it discards: values only
     rows = slice(model.spec.num_kv_heads * model.spec.head_dim if model.spec.qk_norm else 0, None)
     penalty = result.provenance["depths"][str(depth)]["penalty"]
-    expected = reference_projection(tiny, windows, depth, layer, penalty, anchors=1)
-    assert normwise(result.projection(depth)[layer - depth][rows], expected[rows]) < 2e-4
+    features = features / calibration.FEATURE_SCALE
+    expected = reference_projection(tiny, windows, depth, layer, penalty, model.anchor_tokens, features)
+    assert normwise(projection[layer - depth][rows], expected[rows]) < 2e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
@@ -121,7 +157,42 @@ def test_several_depths_are_what_each_is_alone(tiny_llama):
     model = pop_ext.load(tiny_llama, dtype=torch.float32)
     windows = random_windows(10, 50)
     both, one = (calibration.calibrate(model, windows, depths) for depths in ([4, 2], [2]))
-    assert both.depths == [2, 4] and torch.equal(both.projection(2), one.projection(2))
+    assert both.depths == [2, 4] and torch.equal(both.at(2)[0], one.at(2)[0])
+
+
+def test_chunks_and_turns_do_not_change_what_the_token_before_tells(tiny):
+    """Keys and values in the cache, in chunks of every size, beside another conversation, and in a second turn after a
+    decoded token; the first token of a turn whose predecessor is cached takes the full depth.
+    """
+    model, depth = pop_ext.load(tiny, dtype=torch.float32, anchor_tokens=0), 2
+    model.calibration = calibration.calibrate(model, random_windows(8, 40), [depth], rank=8)
+    (first, second, other), caches = random_windows(3, 23, seed=4), []
+    for chunk in (200, 1, 3, 7):
+        model.chunk_tokens = chunk
+        sequences = [model.new_sequence() for _ in range(2)]
+        model.prefill(sequences, [first, other[:9]], prefill_depth=depth)
+        model.decode(sequences[:1], [5])
+        sequences[0].token_ids.append(7)  # sampled, and not yet in the cache
+        model.prefill(sequences, [second, other], prefill_depth=depth)
+        blocks = [sequence.blocks for sequence in sequences]
+        caches.append([torch.cat([model.cache.data[:, :, block] for block in table], 2) for table in blocks])
+        for cache, sequence in zip(caches[-1], sequences, strict=True):
+            cache[:, :, sequence.num_cached :] = 0
+            model.free(sequence)
+    for chunked in caches[1:]:
+        for one, same in zip(caches[0], chunked, strict=True):
+            torch.testing.assert_close(one, same, rtol=1e-4, atol=1e-4)
+    # what the first shallow tokens have there, from their hidden states
+    before = list(model.hidden_states([first]))[depth]
+    x = torch.nn.functional.rms_norm(before, before.shape[1:], eps=model.spec.rms_norm_eps)
+    projection, features = model.calibration.at(depth)
+    size = model.spec.hidden_size
+    inputs = torch.cat([x[1:], x[:-1] @ features.T], 1)
+    values = inputs @ (projection[-1].float() * (size + 8) ** 0.5 / size**0.5).T
+    values = values[:, values.shape[1] // 2 :]
+    if model.weights.projection_bias is not None:
+        values = values + model.weights.projection_bias[-1, values.shape[1] :]
+    torch.testing.assert_close(caches[0][0][-1, 1, 1:22].flatten(1), values[:21], rtol=1e-3, atol=1e-4)
 
 
 def test_full_depth_ignores_the_calibration(tiny_llama, tmp_path):
@@ -158,7 +229,7 @@ def test_refused_files(tiny_llama, tmp_path_factory, tmp_path):
     loaded = pop_ext.load(tiny_llama, prefill_depth=2, calibration=path)
     with pytest.raises(pop_ext.CalibrationError, match="made for 2"):
         loaded.generate([[1, 2, 3]], prefill_depth=0.5, max_new_tokens=1)
-    with pytest.raises(pop_ext.CalibrationError, match=r"projection.2 is"):
+    with pytest.raises(pop_ext.CalibrationError, match=r"depth 2 has a tensor"):
         pop_ext.load(tiny_folder("mistral_full", tmp_path_factory), calibration=path)
     result.provenance["fingerprint"] = "of another"
     result.save(path)
@@ -187,16 +258,22 @@ def test_bad_arguments(tiny_llama):
 # Refinement
 
 
-@pytest.mark.parametrize("boundary, anchors", [(1, 1), (3, 0), (2, 4)])
-def test_one_pass_over_blocks_is_the_runner(tiny, boundary, anchors):
-    """Every token of a block has the logits that a prompt of the earlier blocks and its continuation gives."""
+@pytest.mark.parametrize("boundary, anchors, rank", [(1, 1, 8), (3, 0, 8), (2, 4, 8), (3, 0, 0)])
+def test_one_pass_over_blocks_is_the_runner(tiny, boundary, anchors, rank):
+    """Every token of a block has the logits that a prompt of the earlier blocks and its continuation gives; with any
+    projections, of features that weigh much.
+    """
     model = pop_ext.load(tiny, dtype=torch.float32, boundary_tokens=boundary, anchor_tokens=anchors)
     (window,), depth = random_windows(1, 60), 2
     before = list(model.hidden_states([window]))[depth]
     starts = torch.arange(60) // 25 * 25
-    deep = refinement.DeepLayers(model, depth)
+    own, size = model.weights.projection[depth:], model.spec.hidden_size
+    features, weights = torch.randn(rank, size) / size**0.5, 0.1 * torch.randn(*own.shape[:2], rank)
+    deep, projection = refinement.DeepLayers(model, depth, features), torch.cat([own, weights], -1)
     with torch.no_grad():
-        logits = deep.logits(deep(before[None], model.weights.projection[depth:], starts)[0])
+        logits = deep.logits(deep(before[None], projection, starts)[0])
+    projection = (projection * calibration.column_scale(size, rank)).float()
+    model.calibration = calibration.Calibration({depth: projection}, {depth: features * calibration.FEATURE_SCALE}, {})
     for start in (25, 50):
         prompt, end = start + boundary, min(start + 25, 60)
         expected = model.logits([window[:prompt]], [window[prompt:end]], prefill_depth=depth)[0]
@@ -204,7 +281,7 @@ def test_one_pass_over_blocks_is_the_runner(tiny, boundary, anchors):
 
 
 def test_divergence_and_its_gradient(tiny_llama):
-    deep = refinement.DeepLayers(pop_ext.load(tiny_llama, dtype=torch.float32), 3)
+    deep = refinement.DeepLayers(pop_ext.load(tiny_llama, dtype=torch.float32), 3, torch.zeros(0, 60))
     torch.manual_seed(0)
     hidden, full = torch.randn(7, 90, requires_grad=True), torch.randn(7, 90)
     p, q = deep.logits(full).log_softmax(-1), deep.logits(hidden).log_softmax(-1)
@@ -235,7 +312,7 @@ def test_refinement_lowers_kl_and_resumes(tmp_path_factory, tmp_path, monkeypatc
     refinement.refine(model, once, windows, steps, seed=3)
     entry = once.provenance["depths"][str(depth)]["refined"][-1]
     assert entry["kl_after"] < 0.95 * entry["kl_before"]
-    assert torch.equal(once.projection(depth)[0], model.weights.projection[depth])
+    torch.testing.assert_close(once.at(depth)[0][0], start.at(depth)[0][0], rtol=1e-6, atol=0)
     test = random_windows(16, 130, seed=5, vocabulary=12)
     kl = []
     for model.calibration in (start, once):
@@ -253,12 +330,12 @@ def test_refinement_lowers_kl_and_resumes(tmp_path_factory, tmp_path, monkeypatc
     twice = fresh()
     with pytest.raises(Stop):
         again("c", progress=stop)
-    assert torch.equal(twice.projection(depth), start.projection(depth))
+    assert torch.equal(twice.at(depth)[0], start.at(depth)[0])
     (state,) = tmp_path.glob("c.refining*")
     data, reported = state.read_bytes(), []
     again("c", progress=lambda done, *_: reported.append(done))
     assert reported[0] == 10 and reported[-1] == steps and not state.exists()
-    torch.testing.assert_close(twice.projection(depth), once.projection(depth), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(twice.at(depth)[0], once.at(depth)[0], rtol=1e-3, atol=1e-5)
     state.write_bytes(data[: len(data) // 2])
     with pytest.raises(pop_ext.CalibrationError, match="damaged"):
         again("c")
@@ -329,14 +406,26 @@ def test_boundary_and_anchor_reach_calibration(chat_folder, tmp_path, monkeypatc
     source.write_text("".join(f"Line {i} of a text with {i * i} words, more or less. " for i in range(300)))
     seen = []
     monkeypatch.setattr(refinement, "refine", lambda model, *_, **__: seen.append(model.boundary_tokens))
-    options = ("calibrate", chat_folder, "--prefill-depth", 3, "--text", source, "--output", output, "--json")
+    options = (
+        "calibrate",
+        chat_folder,
+        "--prefill-depth",
+        3,
+        "--text",
+        source,
+        "--output",
+        output,
+        "--json",
+        "--rank",
+        0,
+    )
     files = []
     for anchors in (0, 1, 5):
         result = pop(*options, "--boundary-tokens", 3, "--anchor-tokens", anchors, "--refine", 1, "--dtype", "float32")
         assert result.exit_code == 0, result.stderr
         provenance = json.loads(result.stdout)
         assert provenance["anchor_tokens"] == anchors and provenance["boundary_tokens"] == 3
-        files.append(calibration.Calibration.load(output, pop_ext.load(chat_folder).spec, torch.float32).projection(3))
+        files.append(calibration.Calibration.load(output, pop_ext.load(chat_folder).spec, torch.float32).at(3)[0])
     assert seen == [3, 3, 3]
     # anchors are left out of the fit
     assert not torch.equal(files[0], files[1]) and not torch.equal(files[1], files[2])
