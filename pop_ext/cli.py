@@ -307,12 +307,12 @@ def importance(
         )  # fmt: skip
     layers = len(result.values)
     with progress_bar("depth") as report:
-        visited = []
+        visited, full = [], {}
 
         def kl_at(depth: int) -> float:
             report(len(visited), layers.bit_length() + 2, f"{depth}")
             visited.append(depth)
-            return gates.truncation_kl(loaded, windows, counts, depth, **stage, images=images)
+            return gates.truncation_kl(loaded, windows, counts, depth, **stage, images=images, full=full)
 
         depth, measured = gates.suggest_depth(layers, budget, kl_at)
     sums = gates.gate_sums(result)

@@ -121,6 +121,14 @@ def test_closed_prefill_gates_are_pop(name, boundary, anchors, tmp_path_factory)
     assert expected > 0.01 and found == pytest.approx(expected, rel=1e-3)
 
 
+def test_what_is_kept_for_other_depths_changes_nothing(tiny_llama):
+    model, full = importance.load_transformers(tiny_llama), {}
+    for depth in (4, 2, 3):
+        kept = importance.truncation_kl(model, windows(3, 40), 30, depth, full=full)
+        assert kept == importance.truncation_kl(model, windows(3, 40), 30, depth)
+    assert full.keys() == {0, 1, 2}
+
+
 def test_branches_cover_every_family(tiny):
     model = importance.load_transformers(tiny)
     result = importance.measure(model, windows(1, 24), 16, draws=1, branches=True)
