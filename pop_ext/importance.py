@@ -335,6 +335,7 @@ def plot(importance: Importance, path: str | Path, title: str) -> None:
             # no place on this scale for a nothing, such as the last layer's for prefill
             axes.errorbar(layers, values.where(values > 0, math.nan), yerr=errors, marker="o", capsize=2, label=label)
     axes.set(yscale="log", xlabel="layer", ylabel="importance, nats per continuation")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title)
     axes.legend()
     save(fig, path)
