@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 CONTEXTS = (512, 1024, 2048, 4096)
@@ -19,6 +20,22 @@ def pop(*arguments) -> str:
     """What a command prints; its progress bar goes to the terminal."""
     command = [sys.executable, "-m", "pop_ext.cli", *map(str, arguments)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def full_pass(folder: Path, tokens: int) -> float:
+    """Seconds of the full model's pass over `tokens` tokens, in the batches that calibration takes."""
+    import torch
+
+    import pop_ext
+    from pop_ext.calibration import BATCH, WINDOW
+
+    model = pop_ext.load(folder)
+    windows = torch.randint(model.spec.vocab_size, (tokens // WINDOW, WINDOW)).tolist()
+    start = time.perf_counter()
+    with torch.no_grad():
+        for i in range(0, len(windows), BATCH):
+            list(model.hidden_states(windows[i : i + BATCH]))
+    return time.perf_counter() - start
 
 
 def row(cells) -> str:
@@ -57,7 +74,8 @@ def main() -> None:
         )
         print(
             f"{name}: calibrated on {provenance['tokens']} tokens in {provenance['seconds']:.0f} s, "
-            f"after {provenance['sampling_seconds']:.0f} s of sampling"
+            f"after {provenance['sampling_seconds']:.0f} s of sampling (nothing where it was cached); "
+            f"a full pass over them takes {full_pass(arguments.model, provenance['tokens']):.0f} s"
         )
         common = ("evaluate", arguments.model, *depths, "--calibration", file, "--text", arguments.text, "--json")
         results = {"methods": json.loads(pop(*common))}

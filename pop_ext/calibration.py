@@ -34,9 +34,6 @@ from .text import write_whole
 
 FORMAT = "pop-calibration-2"
 PENALTIES = tuple(10.0 ** (-k / 2) for k in range(2, 17))  # relative to the mean of the diagonal of X^T X
-# The largest penalty counts as best whose held-out error is within a hundredth of the least: the curve is flat there,
-# and text unlike the calibration's does better nearer to the own weights.
-SLACK = 0.01
 HELD_OUT = 8  # every eighth window chooses the penalty and measures the errors
 WINDOW = 512  # tokens
 BATCH = 4  # windows of one forward pass
@@ -310,8 +307,7 @@ def calibrate(
             }
 
         errors = {penalty: error(weights[penalty]) for penalty in PENALTIES}
-        sums = {penalty: sum(errors[penalty].values()) for penalty in PENALTIES}
-        best = max(penalty for penalty in PENALTIES if sums[penalty] <= (1 + SLACK) * min(sums.values()))
+        best = min(PENALTIES, key=lambda penalty: sum(errors[penalty].values()))
         everything = fitted[depth] + held_out[depth]
         spectrum = torch.linalg.eigh(everything.xx)
         solved = [everything.solve(layer, own[layer], best, spectrum).T for layer in layers[depth]]

@@ -66,6 +66,16 @@ def parse_depth(text: str) -> float:
         ) from None
 
 
+def layers_of(text: str, layers: int) -> int:
+    """A prefill depth in layers, of a model of `layers` whose prompts it truncates."""
+    depth = parse_depth(text)
+    if isinstance(depth, float) and 0 < depth <= 1:
+        depth = max(1, int(depth * layers + 0.5))
+    if depth not in range(1, layers):
+        raise ValueError(f"prefill_depth is {text}, expected 1 to {layers - 1} layers, or their share")
+    return depth
+
+
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give the prompt either with --prompt TEXT or with --prompt-file FILE (- is standard input)")
@@ -266,6 +276,9 @@ def importance(
     draws: Annotated[int, typer.Option(min=1, help="Draws of labels for each prompt.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
     budget: Annotated[float, typer.Option(min=0, help="KL in nats a token that the suggested depth may cost.")] = 0.05,
+    prefill_depth: Annotated[
+        list[str] | None, typer.Option(help="Also measure the KL at this depth; may be given several times.")
+    ] = None,
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     plot: Plot = None,
@@ -288,6 +301,8 @@ def importance(
         transformers.utils.logging.disable_progress_bar()
         loaded = gates.load_transformers(model)
         tokenizer = texts.load_tokenizer(model)
+    layers = len(gates.decoder_layers(loaded))
+    asked_depths = [layers_of(depth, layers) for depth in prefill_depth or []]
     images, counts = None, prompt_tokens
     if samples:
         from pop_ext import vision
@@ -305,16 +320,16 @@ def importance(
             loaded, windows, counts, images=images, **stage, branches=branches, draws=draws, batch_size=batch_size,
             seed=seed, progress=report,
         )  # fmt: skip
-    layers = len(result.values)
     with progress_bar("depth") as report:
-        visited = []
+        visited, full = [], {}
 
         def kl_at(depth: int) -> float:
             report(len(visited), layers.bit_length() + 2, f"{depth}")
             visited.append(depth)
-            return gates.truncation_kl(loaded, windows, counts, depth, **stage, images=images)
+            return gates.truncation_kl(loaded, windows, counts, depth, **stage, images=images, full=full)
 
         depth, measured = gates.suggest_depth(layers, budget, kl_at)
+        measured |= {p: kl_at(p) for p in asked_depths if p not in measured}
     sums = gates.gate_sums(result)
     summary = {
         "model": str(model),
@@ -328,7 +343,7 @@ def importance(
         "suggested_depth": depth,
         "depths": [
             {"prefill_depth": p, "kl": kl, "gate_sum_per_token": sums[p] / continuation_tokens}
-            for p, kl in measured.items()
+            for p, kl in sorted(measured.items())
         ],
     }
     if plot:

@@ -241,21 +241,28 @@ def truncation_kl(
     boundary_tokens: int = 1,
     anchor_tokens: int = 1,
     images: list[dict[str, Tensor]] | None = None,
+    full: dict[int, Tensor] | None = None,
 ) -> float:
     """KL in nats a token from the full model with every prefill gate from `depth` up closed: POP with own weights.
-    Arguments as for `measure`.
+    Arguments as for `measure`; `full`, empty at first, keeps the full model's side (1 GiB at most) for other depths.
     """
+    full = {} if full is None else full
     gates, total = Gates(model), 0.0
     values = torch.ones(gates.shape(1))
     values[:, depth:, 0] = 0
     pictures = images or [{}] * len(windows)
-    for window, count, inputs in zip(windows, _prompt_lengths(windows, prompt_tokens), pictures, strict=True):
+    counts = _prompt_lengths(windows, prompt_tokens)
+    for i, (window, count, inputs) in enumerate(zip(windows, counts, pictures, strict=True)):
         tokens = torch.tensor([window])
         acts = stage_masks(len(window), count, boundary_tokens, anchor_tokens)
-        full = _log_probabilities(model, tokens, count, inputs)[0]
+        whole = full.get(i)
+        if whole is None:
+            whole = _log_probabilities(model, tokens, count, inputs)[0]
+            if sum(kept.nbytes for kept in full.values()) + whole.nbytes <= 2**30:
+                full[i] = whole.clone()
         with gates(values, acts):
             cut = _log_probabilities(model, tokens, count, inputs)[0]
-        total += float((full.exp() * (full - cut)).sum(-1).mean())
+        total += float((whole.exp() * (whole - cut)).sum(-1).mean())
     return total / len(windows)
 
 
@@ -325,8 +332,10 @@ def plot(importance: Importance, path: str | Path, title: str) -> None:
         ]  # fmt: skip
         for label, at in parts:
             values, errors = importance.values[at], importance.errors[at].nan_to_num()
-            axes.errorbar(layers, values.clamp_min(1e-8), yerr=errors, marker="o", capsize=2, label=label)
+            # no place on this scale for a nothing, such as the last layer's for prefill
+            axes.errorbar(layers, values.where(values > 0, math.nan), yerr=errors, marker="o", capsize=2, label=label)
     axes.set(yscale="log", xlabel="layer", ylabel="importance, nats per continuation")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title)
     axes.legend()
     save(fig, path)

@@ -121,6 +121,14 @@ def test_closed_prefill_gates_are_pop(name, boundary, anchors, tmp_path_factory)
     assert expected > 0.01 and found == pytest.approx(expected, rel=1e-3)
 
 
+def test_what_is_kept_for_other_depths_changes_nothing(tiny_llama):
+    model, full = importance.load_transformers(tiny_llama), {}
+    for depth in (4, 2, 3):
+        kept = importance.truncation_kl(model, windows(3, 40), 30, depth, full=full)
+        assert kept == importance.truncation_kl(model, windows(3, 40), 30, depth)
+    assert full.keys() == {0, 1, 2}
+
+
 def test_branches_cover_every_family(tiny):
     model = importance.load_transformers(tiny)
     result = importance.measure(model, windows(1, 24), 16, draws=1, branches=True)
@@ -162,6 +170,9 @@ def test_command(tiny_llama, tmp_path_factory, tmp_path):
     assert (tmp_path / "i.png").read_bytes().startswith(b"\x89PNG")
     shown = pop("importance", folder, *options)
     assert shown.exit_code == 0 and "prefill depth" in shown.stdout
+    asked = pop("importance", folder, *options, "--json", "--prefill-depth", 1, "--prefill-depth", "0.33")
+    found = {row["prefill_depth"]: row["kl"] for row in json.loads(asked.stdout)["depths"]}
+    assert found.keys() >= {1, 2} and found[1] > found[5] == 0
 
 
 def test_bad_input(tiny_llama, tmp_path_factory, tmp_path):
@@ -172,6 +183,9 @@ def test_bad_input(tiny_llama, tmp_path_factory, tmp_path):
     text.write_text("The quick brown fox. " * 400)
     failed = pop("importance", tiny_llama, "--text", text)
     assert failed.exit_code == 1 and "no tokenizer" in failed.stderr
+    for depth in ("0", "6", "-1", "1.0", "1.5"):
+        failed = pop("importance", folder, "--text", text, f"--prefill-depth={depth}")
+        assert failed.exit_code == 1 and f"prefill_depth is {depth}, expected 1 to 5 layers" in failed.stderr
     failed = pop("importance", folder, "--text", text, "--output", tmp_path / "no" / "folder.json")
     assert failed.exit_code == 1 and "folder that exists" in failed.stderr
     failed = pop(
