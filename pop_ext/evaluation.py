@@ -84,7 +84,7 @@ class DeepTokensOnly(Model):
             self._depth = min(depth, self.spec.num_layers - 1)
         return super()._turn(sequences, prompts, name, depth, times, visuals, deep=deep, all_logits=all_logits)
 
-    def _project(self, depth, hidden, batch, slots) -> None:
+    def _project(self, depth, hidden, before, batch, slots) -> None:
         pass
 
     def _attention(self, index: int, query: Tensor, batch: Batch) -> Tensor:
