@@ -110,7 +110,7 @@ Looks::Looks(const LaunchRequest& request, uint32_t warps, const LookSettings& g
   if (next_warp.load() + total > 0xf0000000u) next_warp = 1;
   first_warp_ = next_warp.fetch_add(static_cast<uint32_t>(total));
   random_.seed(settings.seed * 0x9e3779b97f4a7c15 + 1);
-  if (settings.count) counts_ = std::make_unique<LaunchCounts>(kernel_, grid_, block_);
+  if (settings.count) counts_ = std::make_unique<LaunchCounts>(kernel_, grid_, block_, request.dynamic_shared);
   auto part = std::make_shared<ClockPart>();
   part->epochs.resize(size_t{warps} * kLanes), part->floors.resize(warps);
   nothing_ = part;

@@ -11,6 +11,7 @@
 namespace pop::emulator {
 
 struct Module {
+  std::shared_ptr<const std::string> text;
   PtxModule ptx;
   std::unordered_map<const Variable*, uint8_t*> addresses;  // of .global and .const variables
   std::unordered_map<std::string, std::unique_ptr<Kernel>> kernels;

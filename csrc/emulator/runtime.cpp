@@ -167,9 +167,15 @@ bool device_span(const void* p, size_t bytes) {
   return a && static_cast<size_t>(static_cast<const uint8_t*>(p) - a->base) + bytes <= a->bytes;
 }
 
+// Whether so many bytes from there on can be addressed at all.
+bool addressable(const void* p, size_t bytes) {
+  constexpr uintptr_t kEnd = uintptr_t{1} << 47;
+  return bytes <= kEnd && reinterpret_cast<uintptr_t>(p) <= kEnd - bytes;
+}
+
 cudaError_t check_copy(const void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   if (bytes == 0) return cudaSuccess;
-  if (!to || !from) return cudaErrorInvalidValue;
+  if (!to || !from || !addressable(to, bytes) || !addressable(from, bytes)) return cudaErrorInvalidValue;
   switch (kind) {
     case cudaMemcpyHostToHost:
       return cudaSuccess;
@@ -232,6 +238,7 @@ cudaError_t copy_2d(void* to, size_t to_pitch, const void* from, size_t from_pit
   if (height > (size_t{1} << 40) / std::max(to_pitch, from_pitch)) return cudaErrorInvalidValue;
   const size_t to_span = (height - 1) * to_pitch + width, from_span = (height - 1) * from_pitch + width;
   if (const cudaError_t e = check_copy(to, from, 1, kind)) return e;
+  if (!addressable(to, to_span) || !addressable(from, from_span)) return cudaErrorInvalidValue;
   if (Memory::instance().find(to) && !device_span(to, to_span)) return cudaErrorInvalidValue;
   if (Memory::instance().find(from) && !device_span(from, from_span)) return cudaErrorInvalidValue;
   if (!async) {

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import subprocess
 
 import pytest
 
@@ -55,7 +54,7 @@ def build(nvcc, tmp_path):
             (tmp_path / "mended" / "cutlass").mkdir(parents=True)
             (tmp_path / "mended" / "cutlass" / "barrier.h").write_text(text.replace(SPIN, SPIN + " __threadfence();"))
         folders = [f"-I{tmp_path / 'mended'}"] * fence + [f"-I{include}"]
-        subprocess.run([nvcc, *flags, *folders, "-o", str(tmp_path / "program"), str(source)], check=True)
+        nvcc(*flags, *folders, "-o", tmp_path / "program", source)
         return tmp_path / "program"
 
     return compile_program
