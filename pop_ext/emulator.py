@@ -397,9 +397,9 @@ def main(
         status = subprocess.run(program, env=os.environ | environment).returncode
         files = pathlib.Path(folder)
         if not (files / "report.json").exists():
-            raise SystemExit(f"{program[0]} left no report (exit status {status}): is it linked to libcudart.so.13?")
+            raise RuntimeError(f"{program[0]} left no report (exit status {status}): does it use libcudart.so.13?")
         print((files / ("annotated.txt" if annotate else "report.txt")).read_text(), end="")
-        seen = {}
+        seen: dict[tuple, list[dict]] = {}
         for launch in json.loads((files / "report.json").read_text())["launches"] if static else []:
             key = (launch["kernel"], launch["module"], *launch["grid"], *launch["block"], launch["dynamic_shared"])
             seen.setdefault(key, []).append(launch)
@@ -408,10 +408,13 @@ def main(
             alike = f" and {len(others)} alike" if others else ""
             print(f"launch {first['launch']}{alike}, {first['kernel']}:")
             print(sass.text(first, ptx, int(os.environ.get("POP_EMULATOR_SM", "80"))), end="")
-        raise SystemExit(status)
+        raise typer.Exit(status)
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(context_settings={"allow_interspersed_args": False})(main)
-    app()
+    try:
+        app()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"pop_ext.emulator: {error}") from None
