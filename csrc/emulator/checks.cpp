@@ -260,7 +260,7 @@ void Looks::begin_block(BlockLook& b, uint64_t index, Dim3 id, std::vector<std::
     for (ClockRef& c : l.clocks) c = start_;
     l.syncs.reset();
     std::fill(std::begin(l.committed), std::end(l.committed), 0);
-    l.pending.clear(), l.landings.clear();
+    l.pending.clear(), l.landings.clear(), l.barriers.clear();
     l.priority = random_();
     new_frame(*warps[k], *warps[k]->entry, kAllLanes);
   }
@@ -346,6 +346,7 @@ void Looks::report(const char* rule, std::string message, const Warp& w, const L
 
 void Looks::deadlock(const std::string& message, const Warp& w, const Fragment& fragment) {
   if (!(settings.checks & kCheckBarrier)) return;
+  for (const WarpLook::Parted& p : w.look->barriers) divergent(const_cast<Warp&>(w), *p.look, p.missing, p.arrived);
   Finding f;
   f.rule = "deadlock", f.message = message;
   const auto& looks = fragment.frame->code->looks;
@@ -972,6 +973,7 @@ void Looks::exit(Warp& w, uint32_t lanes) {
     Findings::instance().add(std::move(f));
   }
   async_wait(w, lanes, -1);
+  std::erase_if(l.barriers, [&](WarpLook::Parted& p) { return !(p.missing &= ~lanes); });
 }
 
 // Races.
@@ -1455,16 +1457,32 @@ void Looks::issued(Warp& w, const Look& k, uint32_t mask, uint32_t active) {
   if ((settings.checks & kCheckInit) && k.guard != kNever) observe(w, k, {k.guard, 0}, mask, "a guard");
 }
 
+void Looks::divergent(Warp& w, const Look& k, uint32_t missing, uint32_t arrived) {
+  if (!once(kAligned, k.id, 0)) return;
+  const bool barrier = k.counted == Class::kBarrier;
+  report(barrier ? "divergent-barrier" : "divergent-aligned",
+         std::string(barrier ? "a barrier" : "an .aligned instruction") + " is reached by " +
+             std::to_string(std::popcount(arrived)) + " of the " + std::to_string(std::popcount(arrived | missing)) +
+             " live threads of its warp",
+         w, k, first(missing), 0, "", nullptr);
+}
+
 bool Looks::before(Warp& w, const Instruction& i, const Look& k) {
   const uint32_t checks = settings.checks;
-  if ((checks & kCheckBarrier) && k.aligned && w.active != w.live && once(kAligned, k.id, 0)) {
+  if ((checks & kCheckBarrier) && k.aligned) {
     const bool barrier = k.counted == Class::kBarrier;
-    const uint32_t missing = w.live & ~w.active;
-    report(barrier ? "divergent-barrier" : "divergent-aligned",
-           std::string(barrier ? "a barrier" : "an .aligned instruction") + " is reached by " +
-               std::to_string(std::popcount(w.active)) + " of the " + std::to_string(std::popcount(w.live)) +
-               " live threads of its warp",
-           w, k, missing ? first(missing) : 0, 0, "", nullptr);
+    if (barrier)  // lanes that left others at a barrier, and now come to one
+      std::erase_if(w.look->barriers, [&](const WarpLook::Parted& p) {
+        if (!(p.missing & w.active)) return false;
+        divergent(w, *p.look, p.missing, p.arrived);
+        return true;
+      });
+    if (const uint32_t missing = w.live & ~w.active) {
+      if (barrier && w.look->parted)
+        w.look->barriers.push_back({&k, missing, w.active});
+      else
+        divergent(w, k, missing, w.active);
+    }
   }
   if ((checks & kCheckBarrier) && i.kind == Kind::kWarpSync) {
     const uint32_t* members = w.lanes<uint32_t>(i.slots[0]);

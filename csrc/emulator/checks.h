@@ -105,6 +105,13 @@ struct WarpLook {
   std::vector<Landing> landings;
   uint64_t priority = 0;
   uint64_t useful_turns = 0;  // of the grid, when this warp last stalled
+  // A branch led the other live lanes away from these for good: at a barrier, that is right if they go to the exit.
+  bool parted = false;
+  struct Parted {
+    const Look* look;
+    uint32_t missing, arrived;
+  };
+  std::vector<Parted> barriers;  // that were reached so
 };
 
 struct BarrierLook {
@@ -212,6 +219,7 @@ class Looks {
   void locate_rows(Warp& w, const Look& look, Access& a);
   bool in_frame(const Warp& w, uint32_t lane, uint64_t offset, uint32_t bytes) const;
   bool async_copy(Warp& w, const Instruction& i, const Look& look);
+  void divergent(Warp& w, const Look& look, uint32_t missing, uint32_t arrived);
   void async_wait(Warp& w, uint32_t lanes, int64_t groups);
   void land(WarpLook& l, const Landing& landing);
   void land_early(WarpLook& l);

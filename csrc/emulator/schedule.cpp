@@ -769,6 +769,7 @@ void Block::run_fragment(Warp& w, Fragment f) {
       w.current = &i;
       if (const Look& look = frame->code->looks[pc]; look.last) {
         grid->looks->issued(w, look, mask, active);
+        w.look->parted = !join && active == mask;
         // What lanes do together is looked at when they have come together.
         if (active && i.kind != Kind::kWarpSync && !grid->looks->before(w, i, look)) {
           ++pc;

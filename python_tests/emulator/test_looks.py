@@ -413,6 +413,12 @@ CASES = [
         block=32,
     ),
     Case(
+        "barriers_on_both_ways_to_the_exit",
+        "divergent-barrier",
+        "setp.lt.u32 %q1, %t, 16; @%q1 bra LOW;\nbar.sync 0;" + MARK + "ret; LOW: st.global.u32 [%x2], %t; bar.sync 0;",
+        "setp.lt.u32 %q1, %t, 16; @%q1 bra LOW; bar.sync 0; ret; LOW: st.global.u32 [%x2], %t;",
+    ),
+    Case(
         "mismatched_counts",
         "mismatched-barrier",
         "setp.lt.u32 %q1, %t, 32; @%q1 bra ONE; bar.sync 1, 64; bra DONE;\nONE: bar.sync 1, 128;" + MARK + "DONE:",
