@@ -1268,15 +1268,16 @@ void Looks::race_with_copies(Warp& w, const Look& k, const Word& word, bool writ
       Finding f;
       f.rule = "race", f.spot = spot(w, k, first(word.lanes)), f.address = word.at, f.space = "global";
       if (word.region) f.allocation = region_name(*word.region);
-      f.message = std::string(write ? "writes" : "reads") + " global address " + hex(word.at) + ", which " + work->name +
-                  " on another stream" + (extent.write ? " writes" : " reads") + ", without order between them";
+      f.message = std::string(write ? "writes" : "reads") + " global address " + hex(word.at) + ", which " +
+                  work->name + " on another stream" + (extent.write ? " writes" : " reads") +
+                  ", without order between them";
       f.second_role = extent.write ? "written by" : "read by", f.second.kernel = work->name;
       Findings::instance().add(std::move(f));
     }
 }
 
-// A block wrote a word that other blocks had read, of whom no more is known than their index modulo 32: a race if nothing
-// at all is known of any block that it may have been.
+// A block wrote a word that other blocks had read, of whom no more is known than their index modulo 32: a race if
+// nothing at all is known of any block that it may have been.
 void Looks::race_with_readers(Warp& w, const Look& k, const Word& word) {
   const BlockLook& block = *w.look->block;
   for (uint32_t residues = word.cell->readers; residues; residues &= residues - 1) {

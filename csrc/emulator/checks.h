@@ -250,7 +250,7 @@ class Looks {
   Region* last_region_ = nullptr;
   uint32_t refused_ = 0;  // lanes of the last access that may not be
   std::vector<Ticket> tickets_;
-  std::vector<uint32_t> ticket_places_;                    // the instruction of each
+  std::vector<uint32_t> ticket_places_;                        // the instruction of each
   const std::vector<std::shared_ptr<const Work>> concurrent_;  // that no order is known to
   bool copies_ = false;                                        // some of it are copies
   std::vector<bool> begun_;                                    // blocks

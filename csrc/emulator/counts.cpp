@@ -248,11 +248,7 @@ void Counter::add(const Counter& o) {
 }
 
 LaunchCounts::LaunchCounts(const Kernel& kernel, Dim3 grid, Dim3 block, uint32_t dynamic_shared)
-    : kernel_(kernel),
-      grid_(grid),
-      block_(block),
-      dynamic_shared_(dynamic_shared),
-      counters_(kernel.instructions) {
+    : kernel_(kernel), grid_(grid), block_(block), dynamic_shared_(dynamic_shared), counters_(kernel.instructions) {
   History& h = History::instance();
   const std::lock_guard lock(h.mutex);
   launch_ = h.next++;

@@ -1,7 +1,6 @@
 // What nvcc makes of broken and of right kernels: one mode each, chosen by the first argument.
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
-
 #include <dlfcn.h>
 
 #include <string>
