@@ -551,6 +551,19 @@ void Looks::flow(Warp& w, const Instruction& i, const Look& k) {
       for (uint32_t j = 0; j < d.bytes; ++j) mark(d, j, result[j]);
       return;
     }
+    case Flow::kShift: {
+      const LaneSlot &d = k.destinations[0], s = k.sources[0];
+      if (d.slot == kNever) return;
+      uint32_t result[8] = {};
+      for (int j = 0; j < d.bytes; ++j)
+        for (const int64_t bit : {8 * j - k.groups, 8 * j + 7 - k.groups})
+          if (bit >= 0) {
+            const auto byte = static_cast<uint32_t>(bit / 8);
+            result[j] |= byte < s.bytes ? byte_of(s, byte) : k.sign ? byte_of(s, s.bytes - 1u) : 0;
+          }
+      for (uint32_t j = 0; j < d.bytes; ++j) mark(d, j, result[j]);
+      return;
+    }
     case Flow::kShuffle: {
       // As the instruction itself finds its lanes; a lane that does not execute it has nothing to give.
       const size_t at = i.kind == Kind::kWarpSync ? 1 : 1;

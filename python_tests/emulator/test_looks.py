@@ -707,6 +707,14 @@ CASES += [
         + "st.shared.v2.u32 [%r1], {%t, %t}; ld.shared.v4.u32 {%r2, %r3, %r4, %r5}, [%r1]; add.u32 %r3, %r3, %r2; st.global.u32 [%x2], %r3;",
     ),
     Case(
+        "wrong_half_of_a_word",
+        "uninitialized",
+        "st.shared.u16 [%s1], 1; ld.shared.u32 %r1, [%s1]; shr.u32 %r2, %r1, 16;\nadd.u32 %r2, %r2, 1;"
+        + MARK
+        + "st.global.u32 [%x2], %r2;",
+        "st.shared.u16 [%s1], 1; ld.shared.u32 %r1, [%s1]; shl.b32 %r2, %r1, 16; add.u32 %r2, %r2, 1; shr.s32 %r3, %r2, 16; st.global.u32 [%x2], %r3;",
+    ),
+    Case(
         "one_of_two_paths",
         "uninitialized",
         "setp.lt.u32 %q1, %t, 60; @!%q1 bra JOIN; mov.u32 %r1, 5; JOIN:\nadd.u32 %r1, %r1, 1;"
