@@ -78,7 +78,7 @@ build/emulator/lib/libcudart.so.13: .venv/built $(shell find csrc/emulator -type
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch==2.13.0
 	@$(PIP) setuptools wheel cmake ninja pybind11
-	@if command -v nvcc >/dev/null; then $(PIP) --no-deps nvidia-cutlass; fi
+	@if command -v nvcc >/dev/null; then $(PIP) --no-deps nvidia-cutlass nvidia-cuda-nvdisasm; fi
 	@touch $@
 
 .venv/built: .venv/tools $(NATIVE)

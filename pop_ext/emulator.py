@@ -4,6 +4,8 @@
     kernel((blocks, 1, 1), (256, 1, 1), 0, x, y, 2.0, n)
 
 Arguments are numbers, numpy arrays and CPU tensors; the device's memory is the host's, so kernels write into those.
+
+`python -m pop_ext.emulator PROGRAM` runs a compiled program on it, and reports.
 """
 
 import contextlib
@@ -14,9 +16,15 @@ import json
 import numbers
 import os
 import pathlib
+import subprocess
+import tempfile
 import weakref
+from typing import Annotated
 
 import numpy as np
+import typer
+
+from . import sass
 
 
 class EmulatorError(RuntimeError):
@@ -67,6 +75,8 @@ def _library() -> ctypes.CDLL:
     library.pop_emulator_schedule.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
     library.pop_emulator_host_reads.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     library.pop_emulator_expect_stream.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    library.pop_emulator_counted_module.restype = ctypes.c_char_p
+    library.pop_emulator_counted_module.argtypes = [ctypes.c_size_t]
     library.pop_emulator_findings.restype = library.pop_emulator_counts.restype = ctypes.c_char_p
     return library
 
@@ -333,6 +343,14 @@ def counts() -> list[dict]:
     return json.loads(_library().pop_emulator_counts(0))
 
 
+def module_text(number: int) -> str:
+    """The PTX of a counted launch's module (its "module")."""
+    text = _library().pop_emulator_counted_module(number)
+    if text is None:
+        raise ValueError(f"no counted launch has module {number}")
+    return text.decode()
+
+
 def report(annotate: bool = False) -> str:
     """The counted launches as text; `annotate` adds the PTX with counts beside each line."""
     return _library().pop_emulator_counts(2 if annotate else 1).decode()
@@ -364,3 +382,39 @@ def registered(*tensors):
     finally:
         for tensor in tensors:
             unregister(tensor)
+
+
+def main(
+    program: Annotated[list[str], typer.Argument(help="A program that nvcc compiled, and its arguments.")],
+    annotate: Annotated[bool, typer.Option("--annotate", help="The PTX with counts beside each line.")] = False,
+    static: Annotated[bool, typer.Option("--static", help="Facts from ptxas and nvdisasm beside the counts.")] = False,
+    check: Annotated[str, typer.Option(help="Look for memory, init, race, barrier (by commas) or all.")] = "",
+) -> None:
+    """Runs a program on the software CUDA device; prints what was found and counted after its own output."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"POP_EMULATOR_COUNT": "1", "POP_EMULATOR_REPORT": folder}
+        environment |= {"LD_LIBRARY_PATH": str(library_path()), "POP_EMULATOR_CHECK": check}
+        status = subprocess.run(program, env=os.environ | environment).returncode
+        files = pathlib.Path(folder)
+        if not (files / "report.json").exists():
+            raise RuntimeError(f"{program[0]} left no report (exit status {status}): does it use libcudart.so.13?")
+        print((files / ("annotated.txt" if annotate else "report.txt")).read_text(), end="")
+        seen: dict[tuple, list[dict]] = {}
+        for launch in json.loads((files / "report.json").read_text())["launches"] if static else []:
+            key = (launch["kernel"], launch["module"], *launch["grid"], *launch["block"], launch["dynamic_shared"])
+            seen.setdefault(key, []).append(launch)
+        for first, *others in seen.values():
+            ptx = (files / f"module{first['module']}.ptx").read_text()
+            alike = f" and {len(others)} alike" if others else ""
+            print(f"launch {first['launch']}{alike}, {first['kernel']}:")
+            print(sass.text(first, ptx, int(os.environ.get("POP_EMULATOR_SM", "80"))), end="")
+        raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(context_settings={"allow_interspersed_args": False})(main)
+    try:
+        app()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"pop_ext.emulator: {error}") from None

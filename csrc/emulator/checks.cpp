@@ -18,6 +18,12 @@ uint32_t first(uint32_t lanes) { return static_cast<uint32_t>(std::countr_zero(l
 
 std::atomic<uint32_t> next_warp{1};
 
+std::string hex(uint64_t v) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(v));
+  return text;
+}
+
 std::string region_name(const Region& r) {
   return r.name.empty() ? "allocation " + std::to_string(r.id) + " of " + std::to_string(r.bytes) + " bytes" : r.name;
 }
@@ -99,6 +105,80 @@ bool host_reads(const void* base, size_t bytes, const char* who) {
   return false;
 }
 
+namespace {
+// Whether bytes lie in a row of an extent.
+bool meets(const Extent& e, uintptr_t at, size_t bytes) {
+  if (!e.width || !e.height || at + bytes <= e.base) return false;
+  const size_t row = at < e.base || e.height == 1 ? 0 : std::min((at - e.base) / e.pitch, e.height - 1);
+  for (size_t r = row; r < std::min(row + 2, e.height); ++r)
+    if (at < e.base + r * e.pitch + e.width && e.base + r * e.pitch < at + bytes) return true;
+  return false;
+}
+bool meet(const Extent& a, const Extent& b) {
+  for (size_t row = 0; row < a.height; ++row)
+    if (meets(b, a.base + row * a.pitch, a.width)) return true;
+  return false;
+}
+Spot spot_of_work(const Work& work, uint32_t warp, uint32_t instruction, uint32_t lane);
+}  // namespace
+
+void look_at_copy(const std::string& what, std::vector<Extent> extents) {
+  if (!(look_settings().checks & kCheckRace)) return;
+  Memory& memory = Memory::instance();
+  // What the host owns is read and written before the call returns.
+  std::erase_if(extents, [&](const Extent& e) { return !memory.find(reinterpret_cast<void*>(e.base)); });
+  const auto found = [&](const Work& other, const Extent& e, uintptr_t at, bool writes, Spot second) {
+    Finding f;
+    f.rule = "race", f.spot.kernel = what, f.address = at, f.space = "global";
+    for (const auto& region : memory.regions())
+      if (region->holds(at, 1)) f.allocation = region_name(*region);
+    f.message = what + (e.write ? " writes" : " reads") + " global address " + hex(at) + ", which " +
+                (other.extents.empty() ? "another thread" : other.name) + (writes ? " writes" : " reads") +
+                " on another stream, without order between them";
+    f.second_role = writes ? "written at" : "read at", f.second = std::move(second);
+    Findings::instance().add(std::move(f));
+  };
+  const auto concurrent = StreamOrder::instance().concurrent();
+  bool launches = false;
+  for (const auto& work : concurrent) {
+    launches |= work->extents.empty();
+    Spot second;
+    second.kernel = work->name;
+    for (const Extent& theirs : work->extents)
+      for (const Extent& mine : extents)
+        if ((mine.write || theirs.write) && meet(mine, theirs)) found(*work, mine, mine.base, theirs.write, second);
+  }
+  // The cells say which launches were there.
+  if (launches)
+    for (const auto& region : memory.regions()) {
+      if (!region->cells.data()) continue;
+      const auto* const cells = reinterpret_cast<const Cell*>(region->cells.data());
+      const uintptr_t start = region->base & ~uintptr_t{3};
+      for (const Extent& e : extents) {
+        bool said = false;
+        for (size_t row = 0; row < e.height && !said; ++row) {
+          const uintptr_t low = std::max(e.base + row * e.pitch, region->base),
+                          high = std::min(e.base + row * e.pitch + e.width, region->base + region->bytes);
+          for (uintptr_t at = low & ~uintptr_t{3}; at < high && !said; at += 4)
+            for (const Stamp& stamp : cells[(at - start) / 4].stamps) {
+              uint32_t bytes = 0;
+              for (uint32_t b = 0; b < 4; ++b) bytes |= uint32_t{at + b >= low && at + b < high} << b;
+              if (!(stamp.info & bytes) || !(e.write || (stamp.info & kWrite))) continue;
+              for (const auto& work : concurrent)
+                if (stamp.warp >= work->warps.first && stamp.warp < work->warps.second && !said) {
+                  found(*work, e, at, stamp.info & kWrite,
+                        spot_of_work(*work, stamp.warp, stamp.info >> kIdShift, first(stamp.lanes)));
+                  said = true;
+                }
+            }
+        }
+      }
+    }
+  Work work;
+  work.name = what, work.extents = std::move(extents);
+  StreamOrder::instance().done(std::move(work));
+}
+
 Looks::Looks(const LaunchRequest& request, uint32_t warps, const LookSettings& given)
     : settings(given),
       kernel_(*request.kernel),
@@ -110,10 +190,12 @@ Looks::Looks(const LaunchRequest& request, uint32_t warps, const LookSettings& g
   if (next_warp.load() + total > 0xf0000000u) next_warp = 1;
   first_warp_ = next_warp.fetch_add(static_cast<uint32_t>(total));
   random_.seed(settings.seed * 0x9e3779b97f4a7c15 + 1);
-  if (settings.count) counts_ = std::make_unique<LaunchCounts>(kernel_, grid_, block_);
+  if (settings.count) counts_ = std::make_unique<LaunchCounts>(kernel_, grid_, block_, request.dynamic_shared);
   auto part = std::make_shared<ClockPart>();
   part->epochs.resize(size_t{warps} * kLanes), part->floors.resize(warps);
   nothing_ = part;
+  for (const auto& work : concurrent_) copies_ |= !work->extents.empty();
+  begun_.resize(grid_.count());
   table_.resize(1024, 0);
   words_.reserve(512);
   refresh();
@@ -136,8 +218,8 @@ void Looks::refresh() {
 }
 
 Region* Looks::find_region(uintptr_t address) {
+  if (version_ != Memory::instance().version()) refresh();  // a kernel may free memory, too
   if (last_region_ && address - last_region_->base < last_region_->bytes) return last_region_;
-  if (version_ != Memory::instance().version()) refresh();
   auto at = std::upper_bound(regions_.begin(), regions_.end(), address,
                              [](uintptr_t a, const std::shared_ptr<Region>& r) { return a < r->base; });
   if (at == regions_.begin()) return nullptr;
@@ -150,6 +232,7 @@ void Looks::begin_block(BlockLook& b, uint64_t index, Dim3 id, std::vector<std::
                         uint8_t* shared, uint32_t shared_bytes) {
   b.launch = this;
   b.index = static_cast<uint32_t>(index);
+  begun_[index] = true;
   b.first_warp = first_warp_ + b.index * warps_;
   b.id = id;
   b.shared = shared, b.shared_bytes = shared_bytes;
@@ -177,7 +260,7 @@ void Looks::begin_block(BlockLook& b, uint64_t index, Dim3 id, std::vector<std::
     for (ClockRef& c : l.clocks) c = start_;
     l.syncs.reset();
     std::fill(std::begin(l.committed), std::end(l.committed), 0);
-    l.pending.clear(), l.landings.clear();
+    l.pending.clear(), l.landings.clear(), l.barriers.clear();
     l.priority = random_();
     new_frame(*warps[k], *warps[k]->entry, kAllLanes);
   }
@@ -185,29 +268,46 @@ void Looks::begin_block(BlockLook& b, uint64_t index, Dim3 id, std::vector<std::
 
 // Places and reports.
 
-const Look* Looks::look_of(uint32_t instruction, const Code** code) const {
-  for (const Code* c : kernel_.ordered_codes)
+namespace {
+const Look* look_in(const Kernel& kernel, uint32_t instruction, const Code** code) {
+  for (const Code* c : kernel.ordered_codes)
     if (instruction - c->first_id < c->looks.size()) return *code = c, &c->looks[instruction - c->first_id];
   return nullptr;
 }
 
-Spot Looks::spot_of(uint32_t warp, uint32_t instruction, uint32_t lane) const {
+// `warp`: counted through the grid.
+Spot spot_in(const Kernel& kernel, Dim3 grid, Dim3 block, uint32_t warp, uint32_t instruction, uint32_t lane) {
   Spot s;
-  s.kernel = kernel_.name;
+  s.kernel = kernel.name;
   const Code* code = nullptr;
-  const Look* look = instruction == kNoInstruction ? nullptr : look_of(instruction, &code);
+  const Look* look = instruction == kNoInstruction ? nullptr : look_in(kernel, instruction, &code);
   if (look) {
     const Statement& st = code->function->statements[code->instructions[look->id - code->first_id].statement];
     s.line = st.line, s.text = st.text, s.source_line = st.source_line;
-    if (st.source_line) s.source = source_file(kernel_, st.source_file);
+    if (st.source_line) s.source = source_file(kernel, st.source_file);
   }
-  const uint64_t index = (warp - first_warp_) / warps_;
-  const uint32_t thread = (warp - first_warp_) % warps_ * kLanes + lane;
-  s.block[0] = static_cast<uint32_t>(index % grid_.x), s.block[1] = static_cast<uint32_t>(index / grid_.x % grid_.y),
-  s.block[2] = static_cast<uint32_t>(index / grid_.x / grid_.y);
-  s.thread[0] = thread % block_.x, s.thread[1] = thread / block_.x % block_.y,
-  s.thread[2] = thread / block_.x / block_.y;
+  const uint32_t warps = static_cast<uint32_t>((block.count() + kLanes - 1) / kLanes);
+  const uint64_t index = warp / warps;
+  const uint32_t thread = warp % warps * kLanes + lane;
+  s.block[0] = static_cast<uint32_t>(index % grid.x), s.block[1] = static_cast<uint32_t>(index / grid.x % grid.y),
+  s.block[2] = static_cast<uint32_t>(index / grid.x / grid.y);
+  s.thread[0] = thread % block.x, s.thread[1] = thread / block.x % block.y, s.thread[2] = thread / block.x / block.y;
   return s;
+}
+
+// Of a warp of earlier work.
+Spot spot_of_work(const Work& work, uint32_t warp, uint32_t instruction, uint32_t lane) {
+  if (!work.kernel || work.module.expired()) {
+    Spot s;
+    s.kernel = work.name;
+    return s;
+  }
+  return spot_in(*work.kernel, work.grid, work.block, warp - work.warps.first, instruction, lane);
+}
+}  // namespace
+
+Spot Looks::spot_of(uint32_t warp, uint32_t instruction, uint32_t lane) const {
+  return spot_in(kernel_, grid_, block_, warp - first_warp_, instruction, lane);
 }
 
 Spot Looks::spot(const Warp& w, const Look& look, uint32_t lane) const { return spot_of(w.look->id, look.id, lane); }
@@ -231,12 +331,6 @@ enum Rule : uint32_t {
   kPending
 };
 
-std::string hex(uint64_t v) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(v));
-  return text;
-}
-
 const char* space_name(Space s) { return s == Space::kShared ? "shared" : s == Space::kLocal ? "local" : "global"; }
 }  // namespace
 
@@ -252,6 +346,7 @@ void Looks::report(const char* rule, std::string message, const Warp& w, const L
 
 void Looks::deadlock(const std::string& message, const Warp& w, const Fragment& fragment) {
   if (!(settings.checks & kCheckBarrier)) return;
+  for (const WarpLook::Parted& p : w.look->barriers) divergent(const_cast<Warp&>(w), *p.look, p.missing, p.arrived);
   Finding f;
   f.rule = "deadlock", f.message = message;
   const auto& looks = fragment.frame->code->looks;
@@ -329,6 +424,23 @@ void Looks::new_frame(Warp& w, Frame& frame, uint32_t lanes) {
 void Looks::copy_local(Warp& w, uint32_t lane, uint32_t to, uint32_t from, uint32_t bytes) {
   uint8_t* l = w.look->local_unwritten.get();
   if (l) std::memmove(l + size_t{lane} * w.local_stride + to, l + size_t{lane} * w.local_stride + from, bytes);
+}
+
+void Looks::system_reads(Warp& w, uint32_t lane, uint64_t address, uint32_t bytes) {
+  if (!(settings.checks & kCheckInit) || !bytes) return;
+  const uint8_t* unwritten = nullptr;
+  if ((address & kWindowMask) == kSharedWindow)
+    unwritten = w.look->block->unwritten.data() + (address & ~kWindowMask);
+  else if ((address & kWindowMask) == kLocalWindow)
+    unwritten = w.look->local_unwritten.get() + size_t{lane} * w.local_stride + (address & ~kWindowMask);
+  else if (Region* const r = find_region(address); r && r->unwritten.data() && r->holds(address, bytes))
+    unwritten = r->unwritten.data() + (address - r->base);
+  if (!unwritten || std::none_of(unwritten, unwritten + bytes, [](uint8_t b) { return b; })) return;
+  const Code& code = *w.frame->code;
+  const Look& k = code.looks[static_cast<size_t>(w.current - code.instructions.data())];
+  if (once(kUninit, k.id, 2))
+    report("uninitialized", "a value that was never written is used by a system function", w, k, lane, address,
+           (address & kWindowMask) == kLocalWindow ? "local" : "global", nullptr);
 }
 
 void Looks::write_local(Warp& w, uint32_t lane, uint32_t at, uint32_t bytes) {
@@ -436,6 +548,19 @@ void Looks::flow(Warp& w, const Instruction& i, const Look& k) {
       uint32_t result[8];
       const uint32_t from = std::min<uint32_t>(k.element, std::max<uint32_t>(s.bytes, 1));
       for (uint32_t j = 0; j < d.bytes; ++j) result[j] = j < from ? byte_of(s, j) : k.sign ? byte_of(s, from - 1) : 0;
+      for (uint32_t j = 0; j < d.bytes; ++j) mark(d, j, result[j]);
+      return;
+    }
+    case Flow::kShift: {
+      const LaneSlot &d = k.destinations[0], s = k.sources[0];
+      if (d.slot == kNever) return;
+      uint32_t result[8] = {};
+      for (int j = 0; j < d.bytes; ++j)
+        for (const int64_t bit : {8 * j - k.groups, 8 * j + 7 - k.groups})
+          if (bit >= 0) {
+            const auto byte = static_cast<uint32_t>(bit / 8);
+            result[j] |= byte < s.bytes ? byte_of(s, byte) : k.sign ? byte_of(s, s.bytes - 1u) : 0;
+          }
       for (uint32_t j = 0; j < d.bytes; ++j) mark(d, j, result[j]);
       return;
     }
@@ -861,6 +986,7 @@ void Looks::exit(Warp& w, uint32_t lanes) {
     Findings::instance().add(std::move(f));
   }
   async_wait(w, lanes, -1);
+  std::erase_if(l.barriers, [&](WarpLook::Parted& p) { return !(p.missing &= ~lanes); });
 }
 
 // Races.
@@ -1098,11 +1224,7 @@ bool Looks::ordered(const Stamp& e, const WarpLook& l, uint32_t lanes) const {
     }
     return true;
   }
-  if (e.warp - first_warp_ >= grid_.count() * warps_) {  // of another launch
-    for (const auto& [begin, end] : concurrent_)
-      if (e.warp >= begin && e.warp < end) return false;
-    return true;
-  }
+  if (e.warp - first_warp_ >= grid_.count() * warps_) return !concurrent(e.warp);  // of another launch
   const uint32_t block = (e.warp - first_warp_) / warps_, other = (e.warp - first_warp_) % warps_;
   const Clock* seen = nullptr;
   for (uint32_t m = lanes; m; m &= m - 1) {
@@ -1115,6 +1237,13 @@ bool Looks::ordered(const Stamp& e, const WarpLook& l, uint32_t lanes) const {
       if (part->second->epochs[other * kLanes + first(o)] < clock) return false;
   }
   return true;
+}
+
+// The launch on another stream that a warp belongs to, if nothing orders it before this one.
+const Work* Looks::concurrent(uint32_t warp) const {
+  for (const auto& work : concurrent_)
+    if (warp >= work->warps.first && warp < work->warps.second) return work.get();
+  return nullptr;
 }
 
 void Looks::race(Warp& w, const Look& k, const Word& word, const Stamp& e, bool write, bool async, bool shared) {
@@ -1138,12 +1267,53 @@ void Looks::race(Warp& w, const Look& k, const Word& word, const Stamp& e, bool 
               (e.info & kAsync ? std::string("an asynchronous copy of ") + who : who) +
               (e.info & kWrite ? " writes" : " reads") + ", without order between them";
   f.second_role = e.info & kWrite ? "written at" : "read at";
-  if (own) {
+  if (own)
     f.second = spot_of(e.warp, instruction, first(e.lanes));
-  } else {
-    f.second.kernel = "a launch on another stream";
-  }
+  else if (const Work* const work = concurrent(e.warp))
+    f.second = spot_of_work(*work, e.warp, instruction, first(e.lanes)), f.message += " on another stream";
   Findings::instance().add(std::move(f));
+}
+
+void Looks::race_with_copies(Warp& w, const Look& k, const Word& word, bool write) {
+  for (const auto& work : concurrent_)
+    for (const Extent& extent : work->extents) {
+      if (!(write || extent.write) || !meets(extent, word.at, 4) || !once(kRace, k.id, 0xffffffe)) continue;
+      Finding f;
+      f.rule = "race", f.spot = spot(w, k, first(word.lanes)), f.address = word.at, f.space = "global";
+      if (word.region) f.allocation = region_name(*word.region);
+      f.message = std::string(write ? "writes" : "reads") + " global address " + hex(word.at) + ", which " +
+                  work->name + " on another stream" + (extent.write ? " writes" : " reads") +
+                  ", without order between them";
+      f.second_role = extent.write ? "written by" : "read by", f.second.kernel = work->name;
+      Findings::instance().add(std::move(f));
+    }
+}
+
+// A block wrote a word that other blocks had read, of whom no more is known than their index modulo 32: a race if
+// nothing at all is known of any block that it may have been.
+void Looks::race_with_readers(Warp& w, const Look& k, const Word& word) {
+  const BlockLook& block = *w.look->block;
+  for (uint32_t residues = word.cell->readers; residues; residues &= residues - 1) {
+    uint64_t reader = grid_.count();
+    bool known = false;
+    for (uint64_t b = first(residues); b < grid_.count() && !known; b += 32) {
+      if (b == block.index || !begun_[b]) continue;
+      reader = b;
+      for (uint32_t m = word.lanes; m; m &= m - 1)
+        known |= w.look->clocks[first(m)]->parts.contains(static_cast<uint32_t>(b));
+    }
+    if (known || reader == grid_.count()) continue;
+    if (!once(kRace, k.id, 0xffffffd)) return;
+    Finding f;
+    f.rule = "race", f.spot = spot(w, k, first(word.lanes)), f.address = word.at, f.space = "global";
+    if (word.region) f.allocation = region_name(*word.region);
+    f.message = "writes global address " + hex(word.at) + ", which another thread reads, without order between them";
+    f.second_role = "read by a thread of", f.second.kernel = kernel_.name;
+    const Spot there = spot_of(first_warp_ + static_cast<uint32_t>(reader) * warps_, kNoInstruction, 0);
+    std::copy(there.block, there.block + 3, f.second.block);
+    Findings::instance().add(std::move(f));
+    return;
+  }
 }
 
 void Looks::touch_word(Warp& w, const Look& k, const Word& word, bool write, Strength strength, bool async,
@@ -1156,9 +1326,7 @@ void Looks::touch_word(Warp& w, const Look& k, const Word& word, bool write, Str
     if (!(e.info & 15)) return true;
     if (shared) return e.warp - l.block->first_warp >= warps_;
     if (e.warp - first_warp_ < grid_.count() * warps_) return false;
-    for (const auto& [begin, end] : concurrent_)
-      if (e.warp >= begin && e.warp < end) return false;
-    return true;
+    return !concurrent(e.warp);
   };
   // Returns true where the old stamp says nothing that the new one does not.
   const auto meet = [&](const Stamp& e) {
@@ -1180,6 +1348,11 @@ void Looks::touch_word(Warp& w, const Look& k, const Word& word, bool write, Str
     return true;
   };
   Cell& cell = *word.cell;
+  if (!shared && copies_) race_with_copies(w, k, word, write);
+  if (!shared && write && cell.readers) {
+    if (cell.readers_launch == first_warp_) race_with_readers(w, k, word);
+    cell.readers = 0;
+  }
   Stamp* place = nullptr;
   for (Stamp& e : cell.stamps)
     if (stale(e) || meet(e)) e.info = 0, place = &e;
@@ -1199,8 +1372,13 @@ void Looks::touch_word(Warp& w, const Look& k, const Word& word, bool write, Str
     if (!shared && !write && !(e.info & kWrite) && block != l.block->index && (!blocks || block != reader))
       ++blocks, reader = block;
   }
-  // Whoever writes what blocks in no order read races with one of two: that is enough to keep.
-  if (blocks >= 2) return;
+  // Words that many blocks read are many: of further blocks only that they did.
+  if (blocks >= 2) {
+    if (strength != Strength::kWeak) return;
+    if (cell.readers_launch != first_warp_) cell.readers_launch = first_warp_, cell.readers = 0;
+    cell.readers |= 1u << l.block->index % 32;
+    return;
+  }
   if (more) {
     for (Stamp& e : *more)
       if (merges(e)) return;
@@ -1293,16 +1471,32 @@ void Looks::issued(Warp& w, const Look& k, uint32_t mask, uint32_t active) {
   if ((settings.checks & kCheckInit) && k.guard != kNever) observe(w, k, {k.guard, 0}, mask, "a guard");
 }
 
+void Looks::divergent(Warp& w, const Look& k, uint32_t missing, uint32_t arrived) {
+  if (!once(kAligned, k.id, 0)) return;
+  const bool barrier = k.counted == Class::kBarrier;
+  report(barrier ? "divergent-barrier" : "divergent-aligned",
+         std::string(barrier ? "a barrier" : "an .aligned instruction") + " is reached by " +
+             std::to_string(std::popcount(arrived)) + " of the " + std::to_string(std::popcount(arrived | missing)) +
+             " live threads of its warp",
+         w, k, first(missing), 0, "", nullptr);
+}
+
 bool Looks::before(Warp& w, const Instruction& i, const Look& k) {
   const uint32_t checks = settings.checks;
-  if ((checks & kCheckBarrier) && k.aligned && w.active != w.live && once(kAligned, k.id, 0)) {
+  if ((checks & kCheckBarrier) && k.aligned) {
     const bool barrier = k.counted == Class::kBarrier;
-    const uint32_t missing = w.live & ~w.active;
-    report(barrier ? "divergent-barrier" : "divergent-aligned",
-           std::string(barrier ? "a barrier" : "an .aligned instruction") + " is reached by " +
-               std::to_string(std::popcount(w.active)) + " of the " + std::to_string(std::popcount(w.live)) +
-               " live threads of its warp",
-           w, k, missing ? first(missing) : 0, 0, "", nullptr);
+    if (barrier)  // lanes that left others at a barrier, and now come to one
+      std::erase_if(w.look->barriers, [&](const WarpLook::Parted& p) {
+        if (!(p.missing & w.active)) return false;
+        divergent(w, *p.look, p.missing, p.arrived);
+        return true;
+      });
+    if (const uint32_t missing = w.live & ~w.active) {
+      if (barrier && w.look->parted)
+        w.look->barriers.push_back({&k, missing, w.active});
+      else
+        divergent(w, k, missing, w.active);
+    }
   }
   if ((checks & kCheckBarrier) && i.kind == Kind::kWarpSync) {
     const uint32_t* members = w.lanes<uint32_t>(i.slots[0]);

@@ -15,6 +15,7 @@
 #include "findings.h"
 #include "machine.h"
 #include "memory.h"
+#include "stream_order.h"
 
 namespace pop::emulator {
 
@@ -37,6 +38,9 @@ bool parse_schedule(const char* name, Schedule& schedule);
 // The host reads device memory: a finding, and false, where a byte was never written.
 bool host_reads(const void* base, size_t bytes, const char* who);
 
+// The runtime copies or fills memory, on the stream at hand: a finding where other streams' work races with it.
+void look_at_copy(const std::string& what, std::vector<Extent> extents);
+
 // Knowledge of what has happened before: for each thread of a block, the last of its epochs that is ordered before.
 struct ClockPart {
   std::vector<uint32_t> epochs;  // [warps x 32]
@@ -58,7 +62,8 @@ struct Stamp {
 struct Cell {
   Stamp stamps[3];
   uint32_t owner = 0, more = 0;  // further stamps, if the owner (a warp's id) is who asks: index + 1
-  uint32_t unused[2] = {};
+  // Blocks, by their index modulo 32, whose reads found no place among the stamps; of the launch with that first warp.
+  uint32_t readers_launch = 0, readers = 0;
 };
 static_assert(sizeof(Cell) == 64);
 
@@ -100,6 +105,13 @@ struct WarpLook {
   std::vector<Landing> landings;
   uint64_t priority = 0;
   uint64_t useful_turns = 0;  // of the grid, when this warp last stalled
+  // A branch led the other live lanes away from these for good: at a barrier, that is right if they go to the exit.
+  bool parted = false;
+  struct Parted {
+    const Look* look;
+    uint32_t missing, arrived;
+  };
+  std::vector<Parted> barriers;  // that were reached so
 };
 
 struct BarrierLook {
@@ -149,6 +161,8 @@ class Looks {
   void new_frame(Warp& w, Frame& frame, uint32_t lanes);
   void copy_local(Warp& w, uint32_t lane, uint32_t to, uint32_t from, uint32_t bytes);
   void write_local(Warp& w, uint32_t lane, uint32_t at, uint32_t bytes);
+  // The system (printf, say) uses these bytes of a thread, given by a generic address.
+  void system_reads(Warp& w, uint32_t lane, uint64_t address, uint32_t bytes);
   void deadlock(const std::string& message, const Warp& w, const Fragment& f);
   uint64_t random() { return random_(); }
 
@@ -183,7 +197,6 @@ class Looks {
   void refresh();
   Spot spot(const Warp& w, const Look& look, uint32_t lane) const;
   Spot spot_of(uint32_t warp, uint32_t instruction, uint32_t lane) const;
-  const Look* look_of(uint32_t instruction, const Code** code) const;
   bool once(uint32_t rule, uint32_t instruction, uint32_t other);
   void report(const char* rule, std::string message, const Warp& w, const Look& look, uint32_t lane, uint64_t address,
               const char* space, const Region* region);
@@ -206,6 +219,7 @@ class Looks {
   void locate_rows(Warp& w, const Look& look, Access& a);
   bool in_frame(const Warp& w, uint32_t lane, uint64_t offset, uint32_t bytes) const;
   bool async_copy(Warp& w, const Instruction& i, const Look& look);
+  void divergent(Warp& w, const Look& look, uint32_t missing, uint32_t arrived);
   void async_wait(Warp& w, uint32_t lanes, int64_t groups);
   void land(WarpLook& l, const Landing& landing);
   void land_early(WarpLook& l);
@@ -217,7 +231,10 @@ class Looks {
   void touch_word(Warp& w, const Look& look, const Word& word, bool write, Strength strength, bool async,
                   uint32_t ticket, bool shared);
   bool ordered(const Stamp& e, const WarpLook& l, uint32_t lanes) const;
+  const Work* concurrent(uint32_t warp) const;
   void race(Warp& w, const Look& look, const Word& word, const Stamp& e, bool write, bool async, bool shared);
+  void race_with_copies(Warp& w, const Look& look, const Word& word, bool write);
+  void race_with_readers(Warp& w, const Look& look, const Word& word);
   Clock& mutable_copy(ClockRef& ref, uint32_t block);
   void join(ClockRef& into, const ClockRef& other, uint32_t block);
   ClockRef published(const ClockRef& clock, const WarpLook& l, uint32_t lane, uint32_t epoch);
@@ -233,8 +250,10 @@ class Looks {
   Region* last_region_ = nullptr;
   uint32_t refused_ = 0;  // lanes of the last access that may not be
   std::vector<Ticket> tickets_;
-  std::vector<uint32_t> ticket_places_;                    // the instruction of each
-  std::vector<std::pair<uint32_t, uint32_t>> concurrent_;  // warps of launches that no order is known to
+  std::vector<uint32_t> ticket_places_;                        // the instruction of each
+  const std::vector<std::shared_ptr<const Work>> concurrent_;  // that no order is known to
+  bool copies_ = false;                                        // some of it are copies
+  std::vector<bool> begun_;                                    // blocks
   std::vector<std::vector<Stamp>> more_;
   std::unordered_map<uint64_t, SyncVariable> variables_;
   std::unordered_set<uint64_t> reported_;

@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "findings.h"
+#include "module.h"
 
 namespace pop::emulator {
 
@@ -31,6 +32,8 @@ struct LaunchRecord {
   uint64_t launch;
   std::string kernel;
   Dim3 grid, block;
+  uint32_t static_shared, dynamic_shared;
+  size_t module;
   std::vector<Line> lines;
   std::vector<Loop> loops;
   std::vector<AllocationCount> allocations;
@@ -39,6 +42,7 @@ struct LaunchRecord {
 struct History {
   std::mutex mutex;
   std::vector<LaunchRecord> launches;
+  std::vector<std::shared_ptr<const std::string>> modules;  // PTX texts
   uint64_t next = 1;
   static History& instance() {
     static History* history = new History;
@@ -141,7 +145,9 @@ Totals totals_of(const LaunchRecord& r, const Loop* loop) {
 std::string launch_json(const LaunchRecord& r) {
   std::string out = "{\"launch\": " + number(r.launch) + ", \"kernel\": " + quoted(r.kernel) + ", \"grid\": [" +
                     number(r.grid.x) + ", " + number(r.grid.y) + ", " + number(r.grid.z) + "], \"block\": [" +
-                    number(r.block.x) + ", " + number(r.block.y) + ", " + number(r.block.z) + "], " +
+                    number(r.block.x) + ", " + number(r.block.y) + ", " + number(r.block.z) +
+                    "], \"static_shared\": " + number(r.static_shared) +
+                    ", \"dynamic_shared\": " + number(r.dynamic_shared) + ", \"module\": " + number(r.module) + ", " +
                     totals_of(r, nullptr).json();
   out += ", \"allocations\": [";
   for (const AllocationCount& a : r.allocations)
@@ -241,8 +247,8 @@ void Counter::add(const Counter& o) {
   shared_requests += o.shared_requests, groups += o.groups, wavefronts += o.wavefronts;
 }
 
-LaunchCounts::LaunchCounts(const Kernel& kernel, Dim3 grid, Dim3 block)
-    : kernel_(kernel), grid_(grid), block_(block), counters_(kernel.instructions) {
+LaunchCounts::LaunchCounts(const Kernel& kernel, Dim3 grid, Dim3 block, uint32_t dynamic_shared)
+    : kernel_(kernel), grid_(grid), block_(block), dynamic_shared_(dynamic_shared), counters_(kernel.instructions) {
   History& h = History::instance();
   const std::lock_guard lock(h.mutex);
   launch_ = h.next++;
@@ -328,6 +334,7 @@ void LaunchCounts::shared(Counter& c, const uint64_t* address, uint32_t bytes, u
 void LaunchCounts::finish() {
   LaunchRecord record;
   record.launch = launch_, record.kernel = kernel_.name, record.grid = grid_, record.block = block_;
+  record.static_shared = kernel_.static_shared, record.dynamic_shared = dynamic_shared_;
   for (const Code* code : kernel_.ordered_codes) {
     const size_t start = record.lines.size();
     for (size_t pc = 0; pc < code->instructions.size(); ++pc) {
@@ -371,6 +378,9 @@ void LaunchCounts::finish() {
   History& h = History::instance();
   const std::lock_guard lock(h.mutex);
   if (h.launches.size() >= kMostLaunches) h.launches.erase(h.launches.begin());
+  const auto module = std::find(h.modules.begin(), h.modules.end(), kernel_.module->text);
+  record.module = static_cast<size_t>(module - h.modules.begin());
+  if (module == h.modules.end()) h.modules.push_back(kernel_.module->text);
   h.launches.push_back(std::move(record));
 }
 
@@ -390,10 +400,16 @@ std::string counts_text(bool annotate) {
   return out;
 }
 
+std::shared_ptr<const std::string> counted_module(size_t number) {
+  History& h = History::instance();
+  const std::lock_guard lock(h.mutex);
+  return number < h.modules.size() ? h.modules[number] : nullptr;
+}
+
 void clear_counts() {
   History& h = History::instance();
   const std::lock_guard lock(h.mutex);
-  h.launches.clear();
+  h.launches.clear(), h.modules.clear();
 }
 
 }  // namespace pop::emulator

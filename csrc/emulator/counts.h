@@ -36,7 +36,7 @@ struct AllocationCount {
 
 class LaunchCounts {
  public:
-  LaunchCounts(const Kernel& kernel, Dim3 grid, Dim3 block);
+  LaunchCounts(const Kernel& kernel, Dim3 grid, Dim3 block, uint32_t dynamic_shared);
   Counter& at(uint32_t instruction) { return counters_[instruction]; }
   // One request of global memory: addresses of the lanes, and how many bytes each touches.
   void global(Counter& counter, const uint64_t* address, Region* const* region, const uint32_t* sizes, uint32_t bytes,
@@ -48,6 +48,7 @@ class LaunchCounts {
  private:
   const Kernel& kernel_;
   Dim3 grid_, block_;
+  uint32_t dynamic_shared_;
   uint64_t launch_;
   std::vector<Counter> counters_;
   std::map<uint64_t, AllocationCount> allocations_;
@@ -57,6 +58,8 @@ class LaunchCounts {
 // The history of counted launches.
 std::string counts_json();
 std::string counts_text(bool annotate);
+// The PTX text of the history's module of that number; null: there is none.
+std::shared_ptr<const std::string> counted_module(size_t number);
 void clear_counts();
 
 }  // namespace pop::emulator

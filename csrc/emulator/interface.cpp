@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 
 #include "checks.h"
 #include "memory.h"
@@ -148,6 +149,11 @@ POP_API const char* pop_emulator_counts(int format) {  // 0: JSON, 1: text, 2: t
   static thread_local std::string text;
   return (text = format == 0 ? counts_json() : counts_text(format == 2)).c_str();
 }
+// The PTX of a counted launch's module; null: there is none of that number. Valid until the thread's next call.
+POP_API const char* pop_emulator_counted_module(size_t number) {
+  static thread_local std::shared_ptr<const std::string> text;
+  return (text = counted_module(number)) ? text->c_str() : nullptr;
+}
 POP_API void pop_emulator_clear() { Findings::instance().clear(), clear_counts(); }
 
 // The host reads these bytes: a finding where one was never written.
@@ -164,23 +170,32 @@ POP_API void pop_emulator_expect_stream(int on, void* stream) {
 
 namespace {
 
-// POP_EMULATOR_REPORT: a file for findings and counts when the program ends; JSON, or text with the annotated PTX.
+// POP_EMULATOR_REPORT: a file for findings and counts when the program ends; JSON, or text with the annotated PTX. Or a
+// folder, for both, and the PTX of all modules with a counted kernel.
 struct Reporter {
+  static void write(const std::string& name, const std::string& text) {
+    const std::string temporary = name + ".part";
+    FILE* file = std::fopen(temporary.c_str(), "w");
+    const bool written = file && std::fwrite(text.data(), 1, text.size(), file) == text.size();
+    if (!file || std::fclose(file) != 0 || !written || std::rename(temporary.c_str(), name.c_str()) != 0)
+      std::perror(("pop emulator: POP_EMULATOR_REPORT " + name).c_str());
+  }
+
   ~Reporter() {
     const char* path = std::getenv("POP_EMULATOR_REPORT");
     if (!path || !*path) return;
-    const std::string name = path, temporary = name + ".part";
-    FILE* file = std::fopen(temporary.c_str(), "w");
-    const auto failed = [&] { std::perror(("pop emulator: POP_EMULATOR_REPORT " + name).c_str()); };
-    if (!file) {
-      failed();
-      return;
-    }
-    const std::string text = name.ends_with(".json") ? "{\"findings\": " + Findings::instance().json() +
-                                                           ",\n\"launches\": " + counts_json() + "}\n"
-                                                     : Findings::instance().text() + counts_text(true);
-    const bool written = std::fwrite(text.data(), 1, text.size(), file) == text.size();
-    if (std::fclose(file) != 0 || !written || std::rename(temporary.c_str(), path) != 0) failed();
+    const std::string name = path;
+    std::error_code unknown;
+    const bool folder = std::filesystem::is_directory(name, unknown);
+    if (folder || name.ends_with(".json"))
+      write(folder ? name + "/report.json" : name,
+            "{\"findings\": " + Findings::instance().json() + ",\n\"launches\": " + counts_json() + "}\n");
+    if (folder) write(name + "/report.txt", Findings::instance().text() + counts_text(false));
+    if (folder || !name.ends_with(".json"))
+      write(folder ? name + "/annotated.txt" : name, Findings::instance().text() + counts_text(true));
+    if (!folder) return;
+    for (size_t k = 0; const auto text = counted_module(k); ++k)
+      write(name + "/module" + std::to_string(k) + ".ptx", *text);
   }
 } reporter;
 

@@ -131,6 +131,10 @@ void Decoder::describe_look() {
   if (op == "prmt" && s.operands.size() == 4 && s.operands[3].kind == Operand::Kind::kInteger &&
       s.modifiers.size() == 1)
     look.flow = Flow::kPermute, look.groups = static_cast<int64_t>(s.operands[3].bits);
+  if ((op == "shl" || op == "shr") && s.operands[2].kind == Operand::Kind::kInteger && s.operands[2].bits < 64) {
+    const auto bits = static_cast<int64_t>(s.operands[2].bits);
+    look.flow = Flow::kShift, look.groups = op == "shl" ? bits : -bits, look.sign = is_signed(last);
+  }
   if (op == "shfl") look.flow = Flow::kShuffle;
   if (op == "vote" || op == "match" || op == "redux" || op == "elect" || barrier)
     look.flow = writes ? Flow::kAcross : Flow::kNone;

@@ -23,6 +23,7 @@ enum class Flow : uint8_t {
   kSelect,    // d, a, b, p: one of two
   kCompare,   // setp with a boolean operation: a written third operand may decide
   kPermute,   // prmt with a constant selector
+  kShift,     // shl and shr by a constant: bytes that are shifted out do not matter
   kShuffle,   // from another lane
   kExtend,    // integer conversion: low bytes copied, the rest zeros or the sign
   kMultiply,  // mma: rows of A, columns of B
@@ -101,7 +102,7 @@ struct Look {
   bool address_constant = false;
   uint32_t second_address = ~0u;  // cp.async: the source, and the slot of its size
   int64_t second_offset = 0;
-  int64_t groups = 0;       // cp.async.wait_group; -1: all
+  int64_t groups = 0;       // cp.async.wait_group; -1: all. prmt: the selector. Shifts: bits to the left
   uint64_t operations = 0;  // of a tensor-core instruction: multiplications and additions of the warp
   int m = 0, k_registers_a = 0, registers_b = 0;  // mma: rows, registers of A and B
   bool half_in = false, half_out = false;         // mma: packed accumulators

@@ -35,6 +35,7 @@ struct Instruction;
 struct Code;
 struct Kernel;
 struct Module;
+struct Work;
 
 using Handler = void (*)(Warp&, const Instruction&);
 
@@ -260,7 +261,7 @@ struct LaunchRequest {
   uint32_t dynamic_shared = 0;
   bool cooperative = false;  // all blocks resident: they may synchronise
   std::vector<uint8_t> parameters;
-  std::vector<std::pair<uint32_t, uint32_t>> concurrent;  // warps of earlier launches that nothing orders before this
+  std::vector<std::shared_ptr<const Work>> concurrent;  // earlier launches and copies that nothing orders before this
 };
 
 struct LaunchResult {

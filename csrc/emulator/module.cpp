@@ -71,7 +71,8 @@ const Variable* Module::variable(const std::string& name) const {
 
 std::unique_ptr<Module> load_module(std::string_view text) {
   auto module = std::make_unique<Module>();
-  module->ptx = parse_ptx(text);
+  module->text = std::make_shared<std::string>(text);
+  module->ptx = parse_ptx(*module->text);
   const DeviceLimits& d = device_limits();
   const int sm = d.capability_major * 10 + d.capability_minor;
   if (module->ptx.target_sm > sm)

@@ -11,6 +11,8 @@
 namespace pop::emulator {
 
 struct Module {
+  const std::shared_ptr<const bool> alive = std::make_shared<const bool>(true);  // gone with the module
+  std::shared_ptr<const std::string> text;
   PtxModule ptx;
   std::unordered_map<const Variable*, uint8_t*> addresses;  // of .global and .const variables
   std::unordered_map<std::string, std::unique_ptr<Kernel>> kernels;

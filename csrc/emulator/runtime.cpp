@@ -141,7 +141,9 @@ cudaError_t prepare_launch(const void* function, dim3 grid, dim3 block, void** a
     const auto began = std::chrono::steady_clock::now();
     if (look_settings().checks & kCheckRace) request->concurrent = StreamOrder::instance().concurrent();
     const LaunchResult result = run_grid(*request);
-    StreamOrder::instance().launched(result.warps);
+    const Kernel* const ran = request->kernel;
+    StreamOrder::instance().done(
+        {ran->name, result.warps, ran, ran->module->alive, request->grid, request->block, {}, 0, 0});
     const std::lock_guard lock(r.mutex);
     r.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
     r.warp_instructions += result.warp_instructions;
@@ -167,9 +169,15 @@ bool device_span(const void* p, size_t bytes) {
   return a && static_cast<size_t>(static_cast<const uint8_t*>(p) - a->base) + bytes <= a->bytes;
 }
 
+// Whether so many bytes from there on can be addressed at all.
+bool addressable(const void* p, size_t bytes) {
+  constexpr uintptr_t kEnd = uintptr_t{1} << 47;
+  return bytes <= kEnd && reinterpret_cast<uintptr_t>(p) <= kEnd - bytes;
+}
+
 cudaError_t check_copy(const void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   if (bytes == 0) return cudaSuccess;
-  if (!to || !from) return cudaErrorInvalidValue;
+  if (!to || !from || !addressable(to, bytes) || !addressable(from, bytes)) return cudaErrorInvalidValue;
   switch (kind) {
     case cudaMemcpyHostToHost:
       return cudaSuccess;
@@ -196,6 +204,8 @@ bool of_the_host(const void* p) {
 }
 
 cudaError_t copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height) {
+  look_at_copy("a copy", {{reinterpret_cast<uintptr_t>(from), width, from_pitch, height, false},
+                          {reinterpret_cast<uintptr_t>(to), width, to_pitch, height, true}});
   if (Memory::instance().tracking()) {
     const bool leaves = of_the_host(to) && !of_the_host(from);
     for (size_t row = 0; row < height; ++row) {
@@ -219,7 +229,9 @@ cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, 
     if (const cudaError_t e = forbidden_in_capture(stream, true)) return e;
   }
   const cudaError_t e = submit(stream, cudaGraphNodeTypeMemcpy, [=] { return copy_rows(to, 0, from, 0, bytes, 1); });
-  if (!async) StreamOrder::instance().host_waits(StreamOrder::instance().at(stream_number(stream)));
+  // Copies to the host's own memory return when they are done, asynchronous or not.
+  const bool waits = !async || (!capturing(stream) && !Memory::instance().find(to) && Memory::instance().find(from));
+  if (waits) StreamOrder::instance().host_waits(StreamOrder::instance().at(stream_number(stream)));
   return e;
 }
 
@@ -232,6 +244,7 @@ cudaError_t copy_2d(void* to, size_t to_pitch, const void* from, size_t from_pit
   if (height > (size_t{1} << 40) / std::max(to_pitch, from_pitch)) return cudaErrorInvalidValue;
   const size_t to_span = (height - 1) * to_pitch + width, from_span = (height - 1) * from_pitch + width;
   if (const cudaError_t e = check_copy(to, from, 1, kind)) return e;
+  if (!addressable(to, to_span) || !addressable(from, from_span)) return cudaErrorInvalidValue;
   if (Memory::instance().find(to) && !device_span(to, to_span)) return cudaErrorInvalidValue;
   if (Memory::instance().find(from) && !device_span(from, from_span)) return cudaErrorInvalidValue;
   if (!async) {
@@ -249,6 +262,7 @@ cudaError_t fill_2d(void* to, size_t pitch, int value, size_t width, size_t heig
   if (height > (size_t{1} << 40) / pitch || !to || !device_span(to, (height - 1) * pitch + width))
     return cudaErrorInvalidValue;
   return submit(stream, cudaGraphNodeTypeMemset, [=] {
+    look_at_copy("a fill", {{reinterpret_cast<uintptr_t>(to), width, pitch, height, true}});
     for (size_t row = 0; row < height; ++row) {
       std::memset(static_cast<char*>(to) + row * pitch, value, width);
       Memory::instance().mark_written(static_cast<char*>(to) + row * pitch, width);

@@ -552,14 +552,16 @@ uint8_t* Block::resolve(Warp& w, int lane, uint64_t address) {
 namespace {
 
 // printf's buffer holds its arguments at their natural alignment; integers are 4 bytes, or 8 with an l.
-int print_formatted(const char* format, const uint8_t* values, const std::function<const char*(uint64_t)>& text_at) {
+// `reads` is told of their offsets and sizes.
+int print_formatted(const char* format, const uint8_t* values, const std::function<const char*(uint64_t)>& text_at,
+                    const std::function<void(size_t, size_t)>& reads) {
   std::string out;
   size_t offset = 0;
   int count = 0;
   const auto take = [&](size_t bytes) {
     offset = (offset + bytes - 1) / bytes * bytes;
     uint64_t v = 0;
-    if (values) std::memcpy(&v, values + offset, bytes);
+    if (values) reads(offset, bytes), std::memcpy(&v, values + offset, bytes);
     offset += bytes;
     ++count;
     return v;
@@ -656,7 +658,12 @@ void Block::call_builtin(Warp& w, const Call& call, Frame* frame, uint32_t mask)
     switch (call.builtin) {
       case Builtin::kPrintf: {
         const uint64_t values = argument(1);
-        const int32_t count = print_formatted(text(argument(0)), values ? resolve(w, lane, values) : nullptr, text);
+        const int32_t count = print_formatted(
+            text(argument(0)), values ? resolve(w, lane, values) : nullptr, text, [&](size_t offset, size_t bytes) {
+              if (grid->looks)
+                grid->looks->system_reads(w, static_cast<uint32_t>(lane), values + offset,
+                                          static_cast<uint32_t>(bytes));
+            });
         std::memcpy(local + call.results[0].to, &count, 4);
         break;
       }
@@ -762,6 +769,7 @@ void Block::run_fragment(Warp& w, Fragment f) {
       w.current = &i;
       if (const Look& look = frame->code->looks[pc]; look.last) {
         grid->looks->issued(w, look, mask, active);
+        w.look->parted = !join && active == mask;
         // What lanes do together is looked at when they have come together.
         if (active && i.kind != Kind::kWarpSync && !grid->looks->before(w, i, look)) {
           ++pc;

@@ -5,7 +5,7 @@
 namespace pop::emulator {
 
 namespace {
-constexpr size_t kMostLaunches = 1000;  // remembered
+constexpr size_t kMostWorks = 1000;  // remembered
 
 void join(StreamClock& into, const StreamClock& other) {
   for (const auto& [stream, number] : other) into[stream] = std::max(into[stream], number);
@@ -45,29 +45,30 @@ void StreamOrder::wait(uint64_t stream, const StreamClock& event) {
 void StreamOrder::host_waits(const StreamClock& event) {
   const std::lock_guard lock(mutex_);
   join(host_, event);
-  std::erase_if(launches_, [&](const Launch& l) { return l.number <= host_[l.stream]; });
+  std::erase_if(works_, [&](const auto& w) { return w->number <= host_[w->stream]; });
 }
 
 void StreamOrder::host_waits_for_all() {
   const std::lock_guard lock(mutex_);
   for (const auto& [stream, clock] : streams_) join(host_, clock);
-  launches_.clear();
+  works_.clear();
 }
 
-void StreamOrder::launched(std::pair<uint32_t, uint32_t> warps) {
+void StreamOrder::done(Work work) {
   const std::lock_guard lock(mutex_);
-  if (warps.first == warps.second) return;
-  if (launches_.size() >= kMostLaunches) launches_.erase(launches_.begin());
-  launches_.push_back({current_, streams_[current_][current_], warps});
+  if (work.warps.first == work.warps.second && work.extents.empty()) return;
+  if (works_.size() >= kMostWorks) works_.erase(works_.begin());
+  work.stream = current_, work.number = streams_[current_][current_];
+  works_.push_back(std::make_shared<const Work>(std::move(work)));
 }
 
-std::vector<std::pair<uint32_t, uint32_t>> StreamOrder::concurrent() {
+std::vector<std::shared_ptr<const Work>> StreamOrder::concurrent() {
   const std::lock_guard lock(mutex_);
-  std::vector<std::pair<uint32_t, uint32_t>> result;
+  std::vector<std::shared_ptr<const Work>> result;
   const StreamClock& clock = streams_[current_];
-  for (const Launch& l : launches_) {
-    const auto seen = clock.find(l.stream);
-    if (seen == clock.end() || seen->second < l.number) result.push_back(l.warps);
+  for (const auto& work : works_) {
+    const auto seen = clock.find(work->stream);
+    if (seen == clock.end() || seen->second < work->number) result.push_back(work);
   }
   return result;
 }

@@ -1,16 +1,39 @@
-// Which launches nothing orders: work runs when it is enqueued, so order between streams is kept in vector clocks.
+// Which launches and copies nothing orders: work runs when it is enqueued, so order between streams is kept in vector
+// clocks.
 #pragma once
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
+
+#include "machine.h"
 
 namespace pop::emulator {
 
 // What is known to have been done: for each stream, by number, how much of its work.
 using StreamClock = std::map<uint64_t, uint64_t>;
+
+// Memory that a copy or a fill touches: rows of `width` bytes, `pitch` apart.
+struct Extent {
+  uintptr_t base;
+  size_t width, pitch, height;
+  bool write;
+};
+
+// A launch (its warps, by which looking knows them), or a copy or fill (its extents).
+struct Work {
+  std::string name;
+  std::pair<uint32_t, uint32_t> warps{0, 0};
+  const Kernel* kernel = nullptr;  // while the module is there
+  std::weak_ptr<const bool> module;
+  Dim3 grid, block;
+  std::vector<Extent> extents;
+  uint64_t stream = 0, number = 0;
+};
 
 class StreamOrder {
  public:
@@ -22,20 +45,16 @@ class StreamOrder {
   void wait(uint64_t stream, const StreamClock& event);  // cudaStreamWaitEvent
   void host_waits(const StreamClock& event);             // and with it what the host enqueues later
   void host_waits_for_all();
-  // Warps (by which looking knows them) of the work at hand, and those of earlier launches that may run beside it.
-  void launched(std::pair<uint32_t, uint32_t> warps);
-  std::vector<std::pair<uint32_t, uint32_t>> concurrent();
+  // What the work at hand was, and earlier work that may run beside it.
+  void done(Work work);
+  std::vector<std::shared_ptr<const Work>> concurrent();
 
  private:
-  struct Launch {
-    uint64_t stream, number;
-    std::pair<uint32_t, uint32_t> warps;
-  };
   std::mutex mutex_;
   std::map<uint64_t, StreamClock> streams_;
   std::map<uint64_t, bool> blocking_;
   StreamClock host_;
-  std::vector<Launch> launches_;  // that the host has not waited for
+  std::vector<std::shared_ptr<const Work>> works_;  // that the host has not waited for
   uint64_t current_ = 0;
 };
 

@@ -7,11 +7,6 @@ import pytest
 os.environ.setdefault("POP_EMULATOR_DEADLOCK_SECONDS", "1")
 
 
-def compiler_environment() -> dict[str, str]:
-    """Sanitizers are preloaded for the device, not for the compiler."""
-    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-
-
 @pytest.fixture(scope="session", autouse=True)
 def device():
     from pop_ext import emulator
@@ -24,10 +19,12 @@ def device():
 
 @pytest.fixture(scope="session")
 def nvcc():
+    """Runs nvcc; sanitizers are preloaded for the device, not for the compiler."""
     path = shutil.which("nvcc")
     if not path:
         pytest.skip("nvcc is not installed")
-    return path
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return lambda *arguments: subprocess.run([path, *map(str, arguments)], check=True, env=environment)
 
 
 @pytest.fixture(scope="session")
@@ -43,17 +40,7 @@ def run_cuda(nvcc, tmp_path_factory):
         if isinstance(source, str):
             file = folder / f"{name}.cu"
             file.write_text(source)
-        command = [
-            nvcc,
-            *flags,
-            "-std=c++17",
-            "-cudart",
-            "shared",
-            "-o",
-            str(folder / name),
-            str(file),
-        ]
-        subprocess.run(command, check=True, env=compiler_environment())
+        nvcc(*flags, "-std=c++17", "-cudart", "shared", "-o", folder / name, file)
         return execute(folder / name, *arguments, environment=environment, check=check)
 
     def execute(program, *arguments, environment=None, check=True):

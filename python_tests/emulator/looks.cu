@@ -1,6 +1,7 @@
 // What nvcc makes of broken and of right kernels: one mode each, chosen by the first argument.
 #include <cooperative_groups.h>
 #include <cuda_pipeline.h>
+#include <dlfcn.h>
 
 #include <string>
 
@@ -116,6 +117,37 @@ int main(int argc, char** argv) {
     OK(cudaEventRecord(event, a));
     if (mode == "event") OK(cudaStreamWaitEvent(b, event, 0));
     fill<<<1, 32, 0, b>>>(y, 2);
+  } else if (mode.rfind("copies", 0) == 0) {
+    // A fill on one stream, a kernel and a copy on another, in each order; the modes with "event" order them.
+    cudaStream_t a, b;
+    cudaEvent_t event;
+    OK(cudaStreamCreateWithFlags(&a, cudaStreamNonBlocking));
+    OK(cudaStreamCreateWithFlags(&b, cudaStreamNonBlocking));
+    OK(cudaEventCreate(&event));
+    OK(cudaDeviceSynchronize());
+    const bool kernel_first = mode.find("kernel") != std::string::npos, copy = mode.find("both") != std::string::npos;
+    if (kernel_first)
+      fill<<<1, 32, 0, a>>>(y, 1);
+    else
+      OK(cudaMemsetAsync(y, 0, 4096, a));
+    OK(cudaEventRecord(event, a));
+    if (mode.find("event") != std::string::npos) OK(cudaStreamWaitEvent(b, event, 0));
+    if (copy)
+      OK(cudaMemcpyAsync(z, y + 8, 64, cudaMemcpyDeviceToDevice, b));
+    else if (kernel_first)
+      OK(cudaMemset2DAsync(y + 1, 64, 0, 4, 2, b));
+    else
+      fill<<<1, 32, 0, b>>>(y, 1);
+    OK(cudaMemcpyAsync(x, z, 64, cudaMemcpyDeviceToDevice, b));
+  } else if (mode == "stream") {
+    cudaStream_t a;
+    OK(cudaStreamCreate(&a));
+    auto expect = reinterpret_cast<void (*)(int, void*)>(dlsym(RTLD_DEFAULT, "pop_emulator_expect_stream"));
+    expect(1, a);
+    fill<<<1, 32, 0, a>>>(y, 1);
+    fill<<<1, 32>>>(y, 2);  // stream
+    expect(0, nullptr);
+    fill<<<1, 32>>>(y, 3);
   } else if (mode == "right") {
     transpose<<<1, dim3(16, 16)>>>(x, y, true);
     OK(cudaDeviceSynchronize());

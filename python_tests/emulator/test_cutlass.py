@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 
 import pytest
 
@@ -55,7 +56,7 @@ def build(nvcc, tmp_path):
             (tmp_path / "mended" / "cutlass").mkdir(parents=True)
             (tmp_path / "mended" / "cutlass" / "barrier.h").write_text(text.replace(SPIN, SPIN + " __threadfence();"))
         folders = [f"-I{tmp_path / 'mended'}"] * fence + [f"-I{include}"]
-        subprocess.run([nvcc, *flags, *folders, "-o", str(tmp_path / "program"), str(source)], check=True)
+        nvcc(*flags, *folders, "-o", tmp_path / "program", source)
         return tmp_path / "program"
 
     return compile_program
@@ -83,6 +84,7 @@ def test_gemm(name, build, run_cuda, tmp_path):
         assert look(run_cuda, program, problems[-1], tmp_path, schedule, seed)["findings"] == []
     if name == "bf16_128x128x32_4":
         check_totals(look(run_cuda, program, (512, 512, 512), tmp_path, "roundrobin", 0)["launches"][0])
+        check_static(program)
 
 
 def test_collective(build, run_cuda, tmp_path):
@@ -117,3 +119,27 @@ def check_totals(launch) -> None:
         assert sorted(a[key] for a in launch["allocations"]) == expected
     (main,) = [loop for loop in launch["loops"] if loop["main"]]
     assert main["trips"] == 16 * 4 * 16 and main["operations"] == launch["operations"]
+
+
+def check_static(program) -> None:
+    """The command's reports. A warp's tile of 64 x 64 x 32 takes 64 multiplications in PTX and in SASS."""
+
+    def command(option: str) -> list[str]:
+        run = [sys.executable, "-m", "pop_ext.emulator", option, str(program), "256", "256", "256"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+
+    rows = [row.split() for row in command("--annotate") if "mma.sync.aligned.m16n8k16" in row]
+    assert [row[0] for row in rows] == [str(4 * 4 * 8)] * 64  # 4 warps of 4 blocks in 8 steps
+    try:
+        rows = command("--static")
+    except subprocess.CalledProcessError as error:
+        assert "is not installed" in error.stderr
+        return
+    at = next(k for k, row in enumerate(rows) if row.startswith("  main loop 0x"))
+    assert "HMMA 64" in rows[at] and "LDSM" in rows[at] and "LDGSTS" in rows[at]
+    assert "128 warp trips" in rows[at + 1] and "tensor 64" in rows[at + 1]
+    assert rows[at + 2].startswith("    1 of these trips each")
+    facts = next(row for row in rows if row.startswith("static facts for sm_80"))
+    assert "spills 0 bytes stored" in facts and "65536 dynamic" in facts
+    assert any("2 blocks of 128 threads" in row and "shared memory 2" in row for row in rows)

@@ -76,6 +76,16 @@ def check(body: str, kinds: str, cases) -> None:
             assert bits == to_bits(expected, out), f"{body} of {sources}: {bits:#x}, not {to_bits(expected, out):#x}"
 
 
+def up(x: float) -> float:
+    """The least float that is not below x."""
+    y = np.float32(x)
+    return float(y if float(y) >= x else np.nextafter(y, np.float32(INF)))
+
+
+def down(x: float) -> float:
+    return -up(-x)
+
+
 M = 0xFFFFFFFF
 INTEGER = [
     ("add.s32 %d, %a, %b;", "s32 s32 s32", {(1, 2): 3, (0x7FFFFFFF, 1): 0x80000000, (-1, -1): -2}),
@@ -193,6 +203,38 @@ INTEGER = [
     ("mov.b32 {%h1, %h2}, %a; mov.b32 %d, {%h2, %h1};", "b32 b32", {0x12345678: 0x56781234}),
     ("mov.b64 {%r1, %r2}, %a; mov.b64 %d, {%r2, %r1};", "b64 b64", {0x1111111122222222: 0x2222222211111111}),
     ("mov.b64 {%h1, %h2, %h3, _}, %a; cvt.u32.u16 %d, %h3;", "u32 b64", {0x4444333322221111: 0x3333}),
+    ("mad.hi.u32 %d, %a, %b, %c;", "u32 u32 u32 u32", {(M, M, 5): 3, (65536, 65536, M): 0}),
+    ("mad.lo.u64 %d, %a, %b, %c;", "u64 u64 u64 u64", {(2**63, 2, 7): 7, (2**32, 2**31, 1): 2**63 + 1}),
+    ("mad24.hi.s32 %d, %a, %b, %c;", "s32 s32 s32 s32", {(0xFFFFFF, 0x10000, 5): 4}),
+    ("mul24.hi.u32 %d, %a, %b;", "u32 u32 u32", {(0xFFFFFF, 0xFFFFFF): 0xFFFFFE00}),
+    ("sad.u64 %d, %a, %b, %c;", "u64 u64 u64 u64", {(0, 2**64 - 1, 1): 0, (9, 5, 1): 5}),
+    ("rem.s64 %d, %a, %b;", "s64 s64 s64", {(-7, 2): -1, (7, -2): 1}),
+    ("div.s16 %d, %a, %b;", "s16 s16 s16", {(-7, 2): -3, (7, 7): 1}),
+    ("abs.s16 %d, %a;", "s16 s16", {-5: 5, -32768: -32768}),
+    ("neg.s32 %d, %a;", "s32 s32", {-(2**31): -(2**31), 7: -7}),
+    ("min.s64 %d, %a, %b;", "s64 s64 s64", {(-1, 1): -1}),
+    ("max.s32 %d, %a, %b;", "s32 s32 s32", {(-1, 1): 1}),
+    ("clz.b32 %d, %a;", "u32 u32", {0xFFFF: 16}),
+    ("bfind.shiftamt.s64 %d, %a;", "u32 s64", {-2: 63, 5: 61, 0: M}),
+    ("bfe.s64 %d, %a, %b, %c;", "s64 s64 u32 u32", {(0x80, 4, 4): -8, (-(2**63), 60, 9): -8}),
+    ("not.b64 %d, %a;", "b64 b64", {0: 2**64 - 1}),
+    ("cnot.b64 %d, %a;", "b64 b64", {0: 1, 2**40: 0}),
+    ("shl.b64 %d, %a, %b;", "b64 b64 u32", {(1, 63): 1 << 63, (1, 64): 0}),
+    ("shr.u16 %d, %a, %b;", "u16 u16 u32", {(0x8000, 15): 1, (0x8000, 16): 0}),
+    ("subc.cc.u32 %r1, 0, 0; sub.cc.u64 %x1, %a, %b; subc.u64 %d, 9, 0;", "u64 u64 u64", {(0, 1): 8, (1, 1): 9}),
+    ("add.cc.u64 %x1, %a, %b; addc.u64 %d, 5, 0;", "u64 u64 u64", {(2**64 - 1, 1): 6, (1, 1): 5}),
+    ("setp.hs.u64 %d, %a, %b;", "pred u64 u64", {(2**64 - 1, 0): 1, (0, 0): 1, (0, 1): 0}),
+    ("setp.le.s16 %d, %a, %b;", "pred s16 s16", {(-1, 0): 1, (1, 0): 0, (0, 0): 1}),
+    ("setp.eq.u32 %p1, %a, 5; setp.gt.or.s32 %d, %a, %b, %p1;", "pred s32 s32", {(5, 9): 1, (6, 0): 1, (-1, 0): 0}),
+    ("setp.eq.u32 %p1, %a, 5; setp.gt.xor.s32 %d, %a, %b, %p1;", "pred s32 s32", {(5, 9): 1, (5, 0): 0, (6, 0): 1}),
+    ("setp.eq.b64 %d, %a, %b;", "pred b64 b64", {(2**40, 2**40): 1, (2**40, 0): 0}),
+    (
+        "setp.eq.u32 %p1, %a, 1; setp.eq.u32 %p2, %b, 1; and.pred %p3, %p1, %p2; xor.pred %p4, %p1, %p2; not.pred %p5, %p3; or.pred %d, %p5, %p4;",
+        "pred u32 u32",
+        {(1, 1): 0, (1, 0): 1, (0, 0): 1},
+    ),
+    ("selp.b64 %d, %a, %b, 1;", "b64 b64 b64", {(1, 2): 1}),
+    ("prmt.b32 %d, %a, %b, 0x9ABC;", "b32 b32 b32", {(0x00800000, 0x80): 0x00FF00FF}),
 ]
 FLOAT = [
     (
@@ -292,6 +334,79 @@ FLOAT = [
     ("neg.bf16x2 %d, %a;", "b32 b32", {0x3F80BF80: 0xBF803F80}),
     ("min.NaN.bf16x2 %d, %a, %b;", "b32 b32 b32", {(0x3F804000, 0x40003F80): 0x3F803F80}),
     ("ex2.approx.ftz.bf16x2 %d, %a;", "b32 b32", {0x3F800000: 0x40003F80}),
+    # Each directed rounding of each operation that has one.
+    ("sub.rz.f32 %d, %a, %b;", "f32 f32 f32", {(1.0, 2.0**-30): down(1 - 2.0**-30), (-1.0, 2.0**-30): -1.0}),
+    ("sub.rp.f32 %d, %a, %b;", "f32 f32 f32", {(1.0, 2.0**-30): 1.0, (1.0, 1.0): 0.0}),
+    ("sub.rm.f32 %d, %a, %b;", "f32 f32 f32", {(1.0, 2.0**-30): down(1 - 2.0**-30), (1.0, 1.0): -0.0}),
+    (
+        "mul.rm.f32 %d, %a, %b;",
+        "f32 f32 f32",
+        {(1 + 2.0**-23, -1 - 2.0**-23): -1 - 3 * 2.0**-23, (3e38, 10.0): 2.0**128 - 2.0**104},
+    ),
+    ("mul.rz.ftz.f32 %d, %a, %b;", "f32 f32 f32", {(1e-40, 1e10): 0.0, (3e38, -10.0): 2.0**104 - 2.0**128}),
+    (
+        "fma.rp.f32 %d, %a, %b, %c;",
+        "f32 f32 f32 f32",
+        {(1.0, 1.0, 2.0**-30): 1 + 2.0**-23, (-1.0, 1.0, 2.0**-30): down(-1 + 2.0**-30) + 2.0**-24},
+    ),
+    (
+        "fma.rm.f32 %d, %a, %b, %c;",
+        "f32 f32 f32 f32",
+        {(1.0, 1.0, -(2.0**-30)): down(1 - 2.0**-30), (1.0, 1.0, 2.0**-30): 1.0},
+    ),
+    (
+        "fma.rn.sat.f32 %d, %a, %b, %c;",
+        "f32 f32 f32 f32",
+        {(2.0, 2.0, 0.0): 1.0, (1.0, 0.5, 0.25): 0.75, (NAN, 1.0, 1.0): 0.0},
+    ),
+    ("fma.rz.f64 %d, %a, %b, %c;", "f64 f64 f64 f64", {(1.0, 1.0, -(2.0**-80)): 1 - 2.0**-53}),
+    ("div.rz.f32 %d, %a, %b;", "f32 f32 f32", {(1.0, 3.0): down(1 / 3), (-1.0, 3.0): -down(1 / 3)}),
+    ("div.rp.f32 %d, %a, %b;", "f32 f32 f32", {(1.0, 3.0): up(1 / 3), (-1.0, 3.0): -down(1 / 3)}),
+    ("div.rm.f32 %d, %a, %b;", "f32 f32 f32", {(1.0, 3.0): down(1 / 3), (-1.0, 3.0): -up(1 / 3), (1.0, -0.0): -INF}),
+    ("div.rn.ftz.f32 %d, %a, %b;", "f32 f32 f32", {(1e-40, 1.0): 0.0, (1.0, 1e-40): INF}),
+    ("div.rn.f64 %d, %a, %b;", "f64 f64 f64", {(1.0, 3.0): 1 / 3, (-0.0, 5.0): -0.0}),
+    ("rcp.rz.f32 %d, %a;", "f32 f32", {3.0: down(1 / 3), -3.0: -down(1 / 3)}),
+    ("rcp.rm.f32 %d, %a;", "f32 f32", {3.0: down(1 / 3), -3.0: -up(1 / 3)}),
+    ("rcp.rp.f32 %d, %a;", "f32 f32", {3.0: up(1 / 3), -3.0: -down(1 / 3)}),
+    ("rcp.rn.f64 %d, %a;", "f64 f64", {3.0: 1 / 3, -0.0: -INF}),
+    ("rcp.approx.ftz.f64 %d, %a;", "f64 f64", {4.0: 0.25}),
+    ("sqrt.rz.f32 %d, %a;", "f32 f32", {2.0: down(math.sqrt(2)), 3.0: down(math.sqrt(3))}),
+    ("sqrt.rm.f32 %d, %a;", "f32 f32", {2.0: down(math.sqrt(2)), 3.0: down(math.sqrt(3))}),
+    ("sqrt.rp.f32 %d, %a;", "f32 f32", {2.0: up(math.sqrt(2)), 3.0: up(math.sqrt(3))}),
+    ("sqrt.rn.ftz.f32 %d, %a;", "f32 f32", {1e-40: 0.0, -1e-40: -0.0}),
+    ("rsqrt.approx.ftz.f64 %d, %a;", "f64 f64", {4.0: 0.5}),
+    ("add.rm.f64 %d, %a, %b;", "f64 f64 f64", {(1.0, -(2.0**-80)): 1 - 2.0**-53, (1.0, -1.0): -0.0}),
+    ("mul.rz.f64 %d, %a, %b;", "f64 f64 f64", {(1 + 2.0**-52, 1 + 2.0**-52): 1 + 2.0**-51}),
+    ("sub.rn.f64 %d, %a, %b;", "f64 f64 f64", {(1.0, 2.0): -1.0}),
+    # Signs, extremes and properties in every type.
+    ("abs.ftz.f32 %d, %a;", "f32 f32", {-1e-40: 0.0, -2.0: 2.0}),
+    ("abs.f64 %d, %a;", "f64 f64", {-0.0: 0.0, -2.0: 2.0}),
+    ("neg.f64 %d, %a;", "f64 f64", {0.0: -0.0}),
+    ("abs.f16 %d, %a;", "f16 f16", {-1.5: 1.5, -0.0: 0.0}),
+    ("abs.bf16x2 %d, %a;", "b32 b32", {0xBF803F80: 0x3F803F80}),
+    ("neg.f16x2 %d, %a;", "b32 b32", {0x3C00BC00: 0xBC003C00}),
+    ("max.f64 %d, %a, %b;", "f64 f64 f64", [((0.0, -0.0), 0.0), ((NAN, 1.0), 1.0), ((NAN, NAN), NAN)]),
+    ("max.NaN.f16 %d, %a, %b;", "f16 f16 f16", {(NAN, 1.0): NAN, (2.0, 3.0): 3.0}),
+    ("min.f16x2 %d, %a, %b;", "b32 b32 b32", {(0x3C004000, 0x40003C00): 0x3C003C00}),
+    ("min.xorsign.abs.f32 %d, %a, %b;", "f32 f32 f32", {(-3.0, 2.0): -2.0, (-3.0, -4.0): 3.0}),
+    ("min.ftz.f32 %d, %a, %b;", "f32 f32 f32", {(1e-40, 1.0): 0.0}),
+    ("copysign.f64 %d, %a, %b;", "f64 f64 f64", {(-1.0, 2.0): -2.0}),
+    ("testp.infinite.f32 %d, %a;", "pred f32", {-INF: 1, 1.0: 0, NAN: 0}),
+    ("testp.number.f32 %d, %a;", "pred f32", {INF: 1, NAN: 0}),
+    ("testp.notanumber.f64 %d, %a;", "pred f64", {INF: 0, NAN: 1}),
+    ("testp.normal.f64 %d, %a;", "pred f64", {1.0: 1, 5e-324: 0, 0.0: 0, INF: 0}),
+    ("sub.f16 %d, %a, %b;", "f16 f16 f16", {(1.0, 2.0**-12): 1.0, (1.0, 2.0**-10): 1 - 2.0**-10}),
+    ("sub.bf16x2 %d, %a, %b;", "b32 b32 b32", {(0x40004000, 0x3F803F80): 0x3F803F80}),
+    ("mul.f16x2 %d, %a, %b;", "b32 b32 b32", {(0x40003C00, 0x40004200): 0x44004200}),
+    ("fma.rn.sat.f16 %d, %a, %b, %c;", "f16 f16 f16 f16", {(2.0, 2.0, 0.0): 1.0, (-1.0, 1.0, 0.0): 0.0}),
+    ("fma.rn.ftz.f16x2 %d, %a, %b, %c;", "b32 b32 b32 b32", {(0x3C003C00, 0x40000001, 0x3C000000): 0x42000000}),
+    ("ex2.approx.f16 %d, %a;", "f16 f16", {3.0: 8.0, -INF: 0.0}),
+    ("tanh.approx.f16 %d, %a;", "f16 f16", {0.0: 0.0, INF: 1.0}),
+    ("tanh.approx.bf16x2 %d, %a;", "b32 b32", {0x7F80FF80: 0x3F80BF80}),
+    ("set.lt.u32.f32 %d, %a, %b;", "u32 f32 f32", {(1.0, 2.0): M, (NAN, 2.0): 0}),
+    ("set.le.f32.f32 %d, %a, %b;", "f32 f32 f32", {(1.0, 1.0): 1.0}),
+    ("selp.f32 %d, %a, %b, 0;", "f32 f32 f32", {(1.0, 2.0): 2.0}),
+    ("mov.f64 %d, %a;", "f64 f64", {1.5: 1.5}),
 ]
 CONVERSION = [
     ("cvt.s32.s16 %d, %a;", "s32 s16", {-1: -1, 5: 5}),
@@ -348,6 +463,30 @@ CONVERSION = [
     ("cvt.rn.f16x2.e4m3x2 %d, %a;", "b32 u16", {0x387E: 0x3C005F00}),
     ("cvt.rn.f16x2.e5m2x2 %d, %a;", "b32 u16", {0x3C7B: 0x3C007B00}),
     ("cvt.pack.sat.u16.s32 %d, %a, %b;", "b32 s32 s32", {(70000, -1): 0xFFFF0000}),
+    ("cvt.rn.f32.u32 %d, %a;", "f32 u32", {M: 2.0**32, 2**24 + 1: 2.0**24}),
+    ("cvt.rm.f32.s32 %d, %a;", "f32 s32", {16777217: 16777216.0, -16777217: -16777218.0}),
+    ("cvt.rz.f32.s32 %d, %a;", "f32 s32", {-16777217: -16777216.0}),
+    ("cvt.rm.f32.f64 %d, %a;", "f32 f64", {1 + 2.0**-30: 1.0, -1 - 2.0**-30: down(-1 - 2.0**-30), -1e300: -INF}),
+    ("cvt.rp.f64.s64 %d, %a;", "f64 s64", {2**53 + 1: 2.0**53 + 2}),
+    ("cvt.rpi.f32.f32 %d, %a;", "f32 f32", {0.1: 1.0, -0.1: -0.0}),
+    ("cvt.rmi.f32.f32 %d, %a;", "f32 f32", {0.9: 0.0, -0.1: -1.0}),
+    ("cvt.rzi.s16.f32 %d, %a;", "s16 f32", {1e9: 32767, -1e9: -32768, -2.5: -2}),
+    ("cvt.rzi.u8.f32 %d, %a;", "u32 f32", {300.0: 255, -5.0: 0, 7.9: 7}),
+    ("cvt.rni.s64.f64 %d, %a;", "s64 f64", {2.5: 2, -3.5: -4, 1e300: 2**63 - 1}),
+    ("cvt.rzi.s32.f16 %d, %a;", "s32 f16", {-2.5: -2, INF: 2**31 - 1}),
+    ("cvt.rm.f16.f32 %d, %a;", "f16 f32", {1 + 2.0**-11: 1.0, -1 - 2.0**-11: -1 - 2.0**-10}),
+    ("cvt.rp.f16.f32 %d, %a;", "f16 f32", {1 + 2.0**-13: 1 + 2.0**-10}),
+    ("cvt.rn.f16.f64 %d, %a;", "f16 f64", {1 + 2.0**-11 + 2.0**-40: 1 + 2.0**-10}),
+    ("cvt.rz.bf16.f32 %d, %a;", "u16 f32", {1 + 2.0**-7 * 0.99: 0x3F80, 3.4e38: 0x7F7F}),
+    ("cvt.rn.sat.f16.f32 %d, %a;", "f16 f32", {2.0: 1.0, -2.0: 0.0}),
+    ("cvt.rn.relu.f16.f32 %d, %a;", "f16 f32", {-2.0: 0.0, 2.0: 2.0}),
+    ("cvt.rn.relu.bf16x2.f32 %d, %a, %b;", "b32 f32 f32", {(-1.0, 2.0): 0x00004000}),
+    ("cvt.rn.f16x2.f32 %d, %a, %b;", "b32 f32 f32", {(1.0, -2.0): 0x3C00C000}),
+    ("cvt.u32.s8 %d, %a;", "u32 s32", {0xFF: M}),
+    ("cvt.rn.satfinite.relu.e4m3x2.f32 %d, %a, %b;", "u16 f32 f32", {(-1.0, 1.0): 0x0038}),
+    ("cvt.rn.satfinite.e4m3x2.f16x2 %d, %a;", "u16 b32", {0x3C005F00: 0x387E}),
+    ("cvt.pack.sat.u8.s32.b32 %d, %a, %b, %c;", "b32 s32 s32 b32", {(300, -1, 0x1234): 0x1234FF00}),
+    ("cvt.pack.sat.s16.s32 %d, %a, %b;", "b32 s32 s32", {(70000, -70000): 0x7FFF8000}),
     ("cvt.pack.sat.s8.s32.b32 %d, %a, %b, %c;", "b32 s32 s32 b32", {(200, -200, 0x1234): 0x12347F80}),
 ]
 
@@ -364,6 +503,7 @@ def test_value(body, kinds, cases):
 @pytest.mark.parametrize(
     "name, limit",
     [
+        ("div", 2.0**-22),
         ("ex2", 2.0**-22),
         ("lg2", 2.0**-22),
         ("sin", 2.0**-20.9),
@@ -377,6 +517,7 @@ def test_value(body, kinds, cases):
 def test_approximations_within_the_error_of_the_isa(name, limit):
     x = np.random.default_rng(0).uniform(0.5, 2, 1000).astype(np.float32)
     exact = {
+        "div": lambda v: 3 / v,
         "ex2": np.exp2,
         "lg2": np.log2,
         "sin": np.sin,
@@ -386,7 +527,10 @@ def test_approximations_within_the_error_of_the_isa(name, limit):
         "rsqrt": lambda v: v**-0.5,
         "sqrt": np.sqrt,
     }
-    got = np.array(evaluate(f"{name}.approx.f32 %d, %a;", "f32 f32", [float(v) for v in x]), np.uint32).view(np.float32)
+    operands = "0f40400000, %a" if name == "div" else "%a"
+    got = np.array(evaluate(f"{name}.approx.f32 %d, {operands};", "f32 f32", [float(v) for v in x]), np.uint32).view(
+        np.float32
+    )
     want = exact[name](x.astype(np.float64))
     assert np.max(np.abs(got - want) / np.maximum(np.abs(want), 1)) <= limit
 

@@ -26,8 +26,8 @@ mul.wide.u32 %x0, %t, 4; add.s64 %x1, %p0, %x0; add.s64 %x2, %p1, %x0; shl.b32 %
 class Case:
     """`broken` has the mark //! on the line of the finding, `right` is without a finding."""
 
-    def __init__(self, name, rule, broken, right, grid=1, block=64, tile=1024, outside="", inside=""):
-        self.name, self.rule, self.grid, self.block = name, rule, grid, block
+    def __init__(self, name, rule, broken, right, grid=1, block=64, tile=1024, outside="", inside="", dynamic=0):
+        self.name, self.rule, self.grid, self.block, self.dynamic = name, rule, grid, block, dynamic
         head = (
             HEADER + outside + ".visible .entry k(.param .u64 a0, .param .u64 a1, .param .u64 a2) {\n"
             f".shared .align 16 .b8 tile[{tile}];\n" + inside + PRELUDE
@@ -41,7 +41,7 @@ class Case:
         emulator.schedule(*schedule)
         emulator.clear()
         with emulator.registered(source, flags):
-            emulator.load(text)["k"](self.grid, self.block, 0, source, out, flags)
+            emulator.load(text)["k"](self.grid, self.block, self.dynamic, source, out, flags)
             return emulator.findings(), out.clone(), out
 
 
@@ -413,6 +413,12 @@ CASES = [
         block=32,
     ),
     Case(
+        "barriers_on_both_ways_to_the_exit",
+        "divergent-barrier",
+        "setp.lt.u32 %q1, %t, 16; @%q1 bra LOW;\nbar.sync 0;" + MARK + "ret; LOW: st.global.u32 [%x2], %t; bar.sync 0;",
+        "setp.lt.u32 %q1, %t, 16; @%q1 bra LOW; bar.sync 0; ret; LOW: st.global.u32 [%x2], %t;",
+    ),
+    Case(
         "mismatched_counts",
         "mismatched-barrier",
         "setp.lt.u32 %q1, %t, 32; @%q1 bra ONE; bar.sync 1, 64; bra DONE;\nONE: bar.sync 1, 128;" + MARK + "DONE:",
@@ -452,6 +458,355 @@ CASES = [
         "shfl.sync.idx.b32 %r1, %t, 0, 31, 0xffffffff;",
         block=32,
     ),
+]
+# A third of the block's warps at a time: %q0 the first, %q1 the second warp.
+WARPS = "setp.lt.u32 %q0, %t, 32; setp.lt.u32 %q1, %t, 64; "
+PRODUCE = "st.shared.u32 [%s1], %t; "
+ROW = "shl.b32 %r1, %t, 4; add.u32 %r1, %r1, %s0; "
+OTHER_ROW = "xor.b32 %r2, %t, 32; shl.b32 %r2, %r2, 4; add.u32 %r2, %r2, %s0; "
+MATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r3, %r4, %r5, %r6}, [%r2];"
+COPY_ROW = (
+    "and.b32 %r9, %t, 15; mul.wide.u32 %x3, %r9, 16; add.s64 %x3, %p0, %x3; cp.async.cg.shared.global [%r1], [%x3], 16;"
+    + COMMIT
+)
+MATRIX_STORE = "st.global.u32 [%x2], %r3;"
+ACCUMULATOR = "mov.f32 %f1, 0f00000000; mov.f32 %f2, %f1; mov.f32 %f3, %f1; mov.f32 %f4, %f1; "
+MULTIPLY = (
+    "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2}, {%r1}, {%f1, %f2, %f3, %f4};"
+)
+RING = "".join(
+    f"cp.async.ca.shared.global [%s1+{256 * k}], [%x1+{256 * k}], 4; cp.async.commit_group;" for k in range(3)
+)
+HEAP = (
+    ".extern .func (.param .b64 p) malloc (.param .b64 n);\n.extern .func free (.param .b64 p);\n"
+    ".extern .func (.param .b32 n) vprintf (.param .b64 f, .param .b64 v);\n.global .align 1 .b8 text[4] = {37, 100, 32, 0};\n"
+)
+MALLOC = "{ .param .b64 n; .param .b64 p; st.param.b64 [n], 64; call.uni (p), malloc, (n); ld.param.b64 %x4, [p]; } st.global.u32 [%x4], 1;"
+FREE = "{ .param .b64 p; st.param.b64 [p], %x4; call.uni free, (p); }"
+PRINT = "mov.u64 %x5, text; cvta.global.u64 %x5, %x5; mov.u64 %x6, stack; cvta.local.u64 %x6, %x6;\n{ .param .b64 f; .param .b64 v; .param .b32 n; st.param.b64 [f], %x5; st.param.b64 [v], %x6; call.uni (n), vprintf, (f, v); ld.param.b32 %r3, [n]; }"
+
+
+def lock(before, after):
+    return f"""
+    LOOP: atom.global.cas.b32 %r1, [%p2], 0, 1; setp.ne.u32 %q1, %r1, 0; @%q1 bra LOOP; {after}
+    ld.global.u32 %r2, [%p2+64]; add.u32 %r2, %r2, 1;{MARK} st.global.u32 [%p2+64], %r2;
+    {before} atom.global.exch.b32 %r1, [%p2], 0;"""
+
+
+def buffers(step):
+    return f"""
+    mov.u32 %r2, 0; mov.u32 %r3, 0;
+    LOOP: add.u32 %r4, %s1, %r2; xor.b32 %r5, %r4, 128;
+    st.shared.u32 [%r4], %r3;{MARK} bar.sync 0; ld.shared.u32 %r6, [%r5];
+    xor.b32 %r2, %r2, {step}; add.u32 %r3, %r3, 1; setp.lt.u32 %q1, %r3, 4; @%q1 bra LOOP; st.global.u32 [%x2], %r6;"""
+
+
+def shared_flag(fence, more=""):
+    return f"""
+    {WARPS} mov.u32 %r2, tile; add.u32 %r2, %r2, 512; setp.eq.u32 %q3, %t, 32; @%q0 bra WRITER;
+    @!%q3 bra DONE; LOOP: ld.volatile.shared.u32 %r3, [%r2]; setp.ne.u32 %q4, %r3, 7; @%q4 bra LOOP; {fence}
+    ld.shared.u32 %r4, [%r2+4];{MARK} st.global.u32 [%p1], %r4; bra DONE;
+    WRITER: setp.eq.u32 %q3, %t, 0; @!%q3 bra DONE; st.shared.u32 [%r2+4], 5; {fence} st.volatile.shared.u32 [%r2], 7;
+    DONE:"""
+
+
+def many_readers(counted):
+    """Blocks 0 to 5 read p0[0], and the first `counted` say so; block 6 waits for these, and writes."""
+    return f"""
+    setp.eq.u32 %q0, %b, 6; @%q0 bra LAST; ld.global.u32 %r1, [%p0]; setp.ge.u32 %q1, %b, {counted}; @%q1 bra DONE;
+    red.release.gpu.global.add.u32 [%p2], 1; bra DONE;
+    LAST: ld.acquire.gpu.global.u32 %r2, [%p2]; setp.ne.u32 %q2, %r2, {counted}; @%q2 bra LAST;
+    st.global.u32 [%p0], %r2;{MARK} DONE:"""
+
+
+def last_arrival(fence):
+    return f"""
+    {PRODUCE} {fence} mov.u32 %r2, tile; atom.shared.add.u32 %r3, [%r2+512], 1; setp.ne.u32 %q1, %r3, 63; @%q1 bra DONE; {fence}
+    xor.b32 %r4, %s1, 128; ld.shared.u32 %r5, [%r4];{MARK} st.global.u32 [%p1], %r5; DONE:"""
+
+
+def zeroed(body):
+    """The counter at tile+512 starts at zero."""
+    return "setp.eq.u32 %q5, %t, 0; @%q5 st.shared.u32 [tile+512], 0; bar.sync 0;" + body
+
+
+CASES += [
+    # Named barriers: who waits for whom.
+    Case(
+        "the_other_producer's_barrier",
+        "race",
+        WARPS
+        + "@%q0 bra FIRST; @%q1 bra SECOND; bar.sync 1, 64;\nld.shared.u32 %r1, [%s1+-128];"
+        + MARK
+        + "bar.sync 2, 64; st.global.u32 [%x2], %r1; bra DONE; FIRST: "
+        + PRODUCE
+        + "bar.arrive 1, 64; bra DONE; SECOND: "
+        + PRODUCE
+        + "bar.arrive 2, 64; DONE:",
+        WARPS
+        + "@%q0 bra FIRST; @%q1 bra SECOND; bar.sync 1, 64; ld.shared.u32 %r1, [%s1+-256]; bar.sync 2, 64; ld.shared.u32 %r1, [%s1+-128]; st.global.u32 [%x2], %r1; bra DONE; FIRST: "
+        + PRODUCE
+        + "bar.arrive 1, 64; bra DONE; SECOND: "
+        + PRODUCE
+        + "bar.arrive 2, 64; DONE:",
+        block=96,
+    ),
+    Case(
+        "arrival_before_the_write",
+        "race",
+        WARPS
+        + "@%q0 bra FIRST; bar.sync 1, 64;\nld.shared.u32 %r1, [%s1+-128];"
+        + MARK
+        + "st.global.u32 [%x2], %r1; bra DONE; FIRST: bar.arrive 1, 64; "
+        + PRODUCE
+        + "DONE:",
+        WARPS
+        + "@%q0 bra FIRST; bar.sync 1, 64; ld.shared.u32 %r1, [%s1+-128]; st.global.u32 [%x2], %r1; bra DONE; FIRST: "
+        + PRODUCE
+        + "bar.arrive 1, 64; DONE:",
+    ),
+    Case(
+        "barrier_for_half_the_threads",
+        "race",
+        PRODUCE + OTHER + "barrier.sync 1, 32;\n" + READ_OTHER + MARK + STORE,
+        PRODUCE + OTHER + "barrier.sync 1, 64;" + READ_OTHER + STORE,
+    ),
+    Case(
+        "arrival_that_never_comes",
+        "deadlock",
+        WARPS + "@!%q0 bra DONE;\nbar.sync 3, 64;" + MARK + "DONE:",
+        WARPS + "@%q0 bra WAIT; bar.arrive 3, 64; bra DONE; WAIT: bar.sync 3, 64; DONE:",
+    ),
+    # Pipelines.
+    Case(
+        "tail_of_a_ring",
+        "async-race",
+        RING
+        + "cp.async.wait_group 2; ld.shared.f32 %f1, [%s1]; cp.async.wait_group 1; ld.shared.f32 %f2, [%s1+256]; cp.async.wait_group 1;\nld.shared.f32 %f3, [%s1+512];"
+        + MARK
+        + "cp.async.wait_all; add.f32 %f1, %f1, %f2; add.f32 %f1, %f1, %f3;"
+        + STORE,
+        RING
+        + "cp.async.wait_group 2; ld.shared.f32 %f1, [%s1]; cp.async.wait_group 1; ld.shared.f32 %f2, [%s1+256]; cp.async.wait_group 0; ld.shared.f32 %f3, [%s1+512]; add.f32 %f1, %f1, %f2; add.f32 %f1, %f1, %f3;"
+        + STORE,
+    ),
+    Case(
+        "matrix_of_copies_without_a_barrier",
+        "async-race",
+        ROW + OTHER_ROW + COPY_ROW + WAIT + "\n" + MATRIX + MARK + MATRIX_STORE,
+        ROW + OTHER_ROW + COPY_ROW + WAIT + BARRIER + MATRIX + MATRIX_STORE,
+    ),
+    Case(
+        "matrix_of_another_warp",
+        "race",
+        ROW + OTHER_ROW + "st.shared.v4.u32 [%r1], {%t, %t, %t, %t};\n" + MATRIX + MARK + MATRIX_STORE,
+        ROW + OTHER_ROW + "st.shared.v4.u32 [%r1], {%t, %t, %t, %t};" + BARRIER + MATRIX + MATRIX_STORE,
+    ),
+    Case(
+        "one_target_two_copies",
+        "async-race",
+        "cp.async.ca.shared.global [%s0], [%x1], 4;" + MARK + "cp.async.wait_all;",
+        "setp.eq.u32 %q1, %t, 9; @%q1 cp.async.ca.shared.global [%s0], [%x1], 4; cp.async.wait_all;",
+    ),
+    Case(
+        "misaligned_copy",
+        "misaligned",
+        ROW + "\ncp.async.cg.shared.global [%r1], [%x1], 16;" + MARK + "cp.async.wait_all;",
+        ROW + "and.b64 %x1, %x1, -16; cp.async.cg.shared.global [%r1], [%x1], 16; cp.async.wait_all;",
+    ),
+    Case(
+        "parity_of_two_buffers",
+        "race",
+        buffers(0),
+        buffers(256),
+    ),
+    Case(
+        "stored_matrix_read_too_early",
+        "race",
+        ROW
+        + OTHER_ROW
+        + "mov.u32 %r3, %t;\nstmatrix.sync.aligned.m8n8.x1.shared.b16 [%r1], {%r3}; ld.shared.u32 %r4, [%r1];"
+        + MARK
+        + "st.global.u32 [%x2], %r4;",
+        ROW
+        + OTHER_ROW
+        + "mov.u32 %r3, %t; stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r1], {%r3}; bar.warp.sync -1; setp.lt.u32 %q1, %t, 8; @%q1 ld.shared.u32 %r4, [%r1]; @%q1 st.global.u32 [%x2], %r4;",
+        block=32,
+    ),
+    # Within a warp.
+    Case(
+        "shuffle_orders_no_memory",
+        "race",
+        PRODUCE
+        + "xor.b32 %r1, %s1, 4; shfl.sync.idx.b32 %r2, %t, 0, 31, -1;\nld.shared.f32 %f1, [%r1];"
+        + MARK
+        + STORE,
+        PRODUCE
+        + "xor.b32 %r1, %s1, 4; shfl.sync.idx.b32 %r2, %t, 0, 31, -1; bar.warp.sync -1; ld.shared.f32 %f1, [%r1];"
+        + STORE,
+        block=32,
+    ),
+    Case(
+        "last_warp_of_a_reduction",
+        "race",
+        PRODUCE
+        + BARRIER
+        + "setp.ge.u32 %q1, %t, 16; @%q1 bra DONE; ld.shared.u32 %r1, [%s1]; ld.shared.u32 %r2, [%s1+64]; add.u32 %r1, %r1, %r2; st.shared.u32 [%s1], %r1; setp.ge.u32 %q1, %t, 8; @%q1 bra DONE;\nld.shared.u32 %r2, [%s1+32];"
+        + MARK
+        + "st.global.u32 [%x2], %r2; DONE:",
+        PRODUCE
+        + BARRIER
+        + "setp.ge.u32 %q1, %t, 16; @%q1 bra DONE; ld.shared.u32 %r1, [%s1]; ld.shared.u32 %r2, [%s1+64]; add.u32 %r1, %r1, %r2; st.shared.u32 [%s1], %r1; bar.warp.sync 0xffff; setp.ge.u32 %q1, %t, 8; @%q1 bra DONE; ld.shared.u32 %r2, [%s1+32]; st.global.u32 [%x2], %r2; DONE:",
+    ),
+    Case(
+        "overlapping_vectors",
+        "race",
+        "add.u32 %r2, %t, 9; shr.u32 %r1, %t, 1; shl.b32 %r1, %r1, 3; add.u32 %r1, %r1, %s0;\nst.shared.v2.u32 [%r1], {%t, %r2};"
+        + MARK,
+        "add.u32 %r2, %t, 9; shl.b32 %r1, %t, 3; add.u32 %r1, %r1, %s0; st.shared.v2.u32 [%r1], {%t, %r2};",
+        block=32,
+    ),
+    # Between blocks.
+    Case(
+        "acquire_of_block_scope",
+        "race",
+        flag_protocol("st.release.gpu.global.u32 [%p2], 1;", "ld.acquire.cta.global.u32 %r2, [%p2];", ""),
+        flag_protocol("st.release.gpu.global.u32 [%p2], 1;", "ld.acquire.sys.global.u32 %r2, [%p2];", ""),
+        grid=2,
+        block=1,
+    ),
+    Case(
+        "count_without_a_fence",
+        "race",
+        flag_protocol("red.relaxed.gpu.global.add.u32 [%p2], 1;", "ld.acquire.gpu.global.u32 %r2, [%p2];", ""),
+        flag_protocol("red.release.gpu.global.add.u32 [%p2], 1;", "ld.acquire.gpu.global.u32 %r2, [%p2];", ""),
+        grid=2,
+        block=1,
+    ),
+    Case("lock_without_fences", "race", lock("", ""), lock("membar.gl;", "membar.gl;"), grid=3, block=1),
+    Case(
+        "lock_without_an_acquire",
+        "race",
+        lock("membar.gl;", ""),
+        lock("fence.acq_rel.gpu;", "fence.acq_rel.gpu;"),
+        grid=3,
+        block=1,
+    ),
+    Case("flag_in_shared_memory", "race", zeroed(shared_flag("")), zeroed(shared_flag("membar.cta;"))),
+    Case("last_arrival_reads", "race", zeroed(last_arrival("")), zeroed(last_arrival("fence.acq_rel.cta;"))),
+    Case("one_of_many_readers", "race", many_readers(5), many_readers(6), grid=7, block=1),
+    # Never-written values.
+    Case(
+        "half_of_a_vector",
+        "uninitialized",
+        ROW
+        + "st.shared.v2.u32 [%r1], {%t, %t}; ld.shared.v4.u32 {%r2, %r3, %r4, %r5}, [%r1];\nadd.u32 %r5, %r5, %r2;"
+        + MARK
+        + "st.global.u32 [%x2], %r5;",
+        ROW
+        + "st.shared.v2.u32 [%r1], {%t, %t}; ld.shared.v4.u32 {%r2, %r3, %r4, %r5}, [%r1]; add.u32 %r3, %r3, %r2; st.global.u32 [%x2], %r3;",
+    ),
+    Case(
+        "wrong_half_of_a_word",
+        "uninitialized",
+        "st.shared.u16 [%s1], 1; ld.shared.u32 %r1, [%s1]; shr.u32 %r2, %r1, 16;\nadd.u32 %r2, %r2, 1;"
+        + MARK
+        + "st.global.u32 [%x2], %r2;",
+        "st.shared.u16 [%s1], 1; ld.shared.u32 %r1, [%s1]; shl.b32 %r2, %r1, 16; add.u32 %r2, %r2, 1; shr.s32 %r3, %r2, 16; st.global.u32 [%x2], %r3;",
+    ),
+    Case(
+        "one_of_two_paths",
+        "uninitialized",
+        "setp.lt.u32 %q1, %t, 60; @!%q1 bra JOIN; mov.u32 %r1, 5; JOIN:\nadd.u32 %r1, %r1, 1;"
+        + MARK
+        + "st.global.u32 [%x2], %r1;",
+        "setp.lt.u32 %q1, %t, 60; mov.u32 %r1, 4; @!%q1 bra JOIN; mov.u32 %r1, 5; JOIN: add.u32 %r1, %r1, 1; st.global.u32 [%x2], %r1;",
+    ),
+    Case(
+        "predicate_of_one_path",
+        "uninitialized",
+        "setp.lt.u32 %q1, %t, 60; @%q1 setp.lt.u32 %q2, %t, 5;\n@%q2 st.global.u32 [%x2], %t;" + MARK,
+        "setp.lt.u32 %q1, %t, 60; setp.lt.and.u32 %q2, %t, 5, %q1; @%q2 st.global.u32 [%x2], %t;",
+    ),
+    Case(
+        "lane_that_is_not_there",
+        "uninitialized",
+        "setp.lt.u32 %q1, %t, 16; @!%q1 bra DONE;\nshfl.sync.idx.b32 %r1, %t, 20, 31, 0xffff;"
+        + MARK
+        + "st.global.u32 [%x2], %r1; DONE:",
+        "setp.lt.u32 %q1, %t, 16; @!%q1 bra DONE; shfl.sync.idx.b32 %r1, %t, 10, 31, 0xffff; st.global.u32 [%x2], %r1; DONE:",
+        block=32,
+    ),
+    Case(
+        "matrix_rows_of_nothing",
+        "uninitialized",
+        ACCUMULATOR
+        + ROW
+        + "mov.u32 %r2, %s0; setp.lt.u32 %q1, %t, 15; @%q1 st.shared.v4.u32 [%r1], {0, 0, 0, 0}; bar.warp.sync -1; ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r3, %r4}, [%r1]; mov.u32 %r1, %r3; mov.u32 %r2, %r4;\n"
+        + MULTIPLY
+        + MARK
+        + "mul.wide.u32 %x5, %t, 8; add.s64 %x5, %p1, %x5; st.global.v2.f32 [%x5], {%f1, %f3};",
+        ACCUMULATOR
+        + ROW
+        + "mov.u32 %r2, %s0; setp.lt.u32 %q1, %t, 16; @%q1 st.shared.v4.u32 [%r1], {0, 0, 0, 0}; bar.warp.sync -1; ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r3, %r4}, [%r1]; mov.u32 %r1, %r3; mov.u32 %r2, %r4;"
+        + MULTIPLY
+        + "mul.wide.u32 %x5, %t, 8; add.s64 %x5, %p1, %x5; st.global.v2.f32 [%x5], {%f1, %f3};",
+        block=32,
+    ),
+    Case(
+        "printed_value",
+        "uninitialized",
+        PRINT.replace("call.uni (n)", "\ncall.uni (n)").replace("(f, v);", "(f, v);" + MARK),
+        "st.local.u32 [stack], %t;" + PRINT,
+        block=1,
+        outside=HEAP,
+        inside=".local .align 8 .b8 stack[8];\n",
+    ),
+    Case(
+        "branch_table_of_nothing",
+        "uninitialized",
+        "targets: .branchtargets A, B;\nbrx.idx %r1, targets;" + MARK + "A: st.global.u32 [%x2], %t; B:",
+        "and.b32 %r1, %t, 1; targets: .branchtargets A, B; brx.idx %r1, targets; A: st.global.u32 [%x2], %t; B:",
+    ),
+    # Memory.
+    Case(
+        "heap_after_free",
+        "use-after-free",
+        MALLOC + FREE + "\nst.global.u32 [%x4], 2;" + MARK,
+        MALLOC + "st.global.u32 [%x4], 2;" + FREE,
+        block=1,
+        outside=HEAP,
+    ),
+    Case(
+        "heap_beyond",
+        "out-of-bounds",
+        MALLOC + "\nst.global.u32 [%x4+64], 2;" + MARK + FREE,
+        MALLOC + "st.global.u32 [%x4+60], 2;" + FREE,
+        block=1,
+        outside=HEAP,
+    ),
+    Case(
+        "beyond_dynamic_shared_memory",
+        "out-of-bounds",
+        "mov.u32 %r1, dynamic; mad.lo.u32 %r1, %t, 8, %r1;\nst.shared.u32 [%r1], %t;" + MARK,
+        "mov.u32 %r1, dynamic; mad.lo.u32 %r1, %t, 4, %r1; st.shared.u32 [%r1], %t;",
+        outside=".extern .shared .align 16 .b8 dynamic[];\n",
+        dynamic=256,
+    ),
+    Case(
+        "local_before",
+        "out-of-bounds",
+        "mov.u64 %x4, stack;\nst.local.u32 [%x4+-4], %t;" + MARK,
+        "mov.u64 %x4, stack; st.local.u32 [%x4], %t;",
+        inside=".local .align 8 .b8 stack[32];\n",
+    ),
+    Case(
+        "shared_of_another_window",
+        "out-of-bounds",
+        "mov.u64 %x4, 0x0800000000010000;\nst.u32 [%x4], %t;" + MARK,
+        "mov.u32 %r1, tile; cvt.u64.u32 %x4, %r1; cvta.shared.u64 %x4, %x4; add.s64 %x4, %x4, %x0; st.u32 [%x4], %t;",
+    ),
+    Case("red_beyond", "out-of-bounds", "red.global.add.u32 [%p2+256], 1;" + MARK, "red.global.add.u32 [%p2+252], 1;"),
 ]
 CASES = {case.name: case for case in CASES}
 
@@ -615,7 +970,7 @@ def test_settings_are_checked():
 @pytest.mark.parametrize("check", ["memory", "init", "race", "barrier"])
 def test_each_check_alone(check):
     rules = {
-        "memory": {"out-of-bounds", "misaligned"},
+        "memory": {"out-of-bounds", "misaligned", "use-after-free"},
         "init": {"uninitialized"},
         "race": {"race", "async-race", "async-pending"},
         "barrier": {"divergent-barrier", "divergent-aligned", "warp-mask", "mismatched-barrier", "deadlock"},

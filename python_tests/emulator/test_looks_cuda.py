@@ -39,6 +39,29 @@ def test_the_runtime_looks(look, tmp_path, mode, rule):
     assert {f["rule"] for f in look(mode, tmp_path)} == ({rule} if rule else set())
 
 
+def test_races_between_streams_name_both(look, tmp_path):
+    (found,) = look("streams", tmp_path)
+    lines = {k for k, text in enumerate(LINES, 1) if "void fill(" in text}
+    assert {found["source_line"], found["second"]["source_line"]} == lines and "fill" in found["second"]["kernel"]
+    for mode, first, second in [
+        ("copies_kernel_first", "a fill", "fill"),
+        ("copies_kernel_first_both", "a copy", "fill"),
+        ("copies", "fill", "a fill"),
+        ("copies_both", "a copy", "a fill"),
+    ]:
+        (found,) = look(mode, tmp_path)
+        assert found["rule"] == "race" and found["allocation"], mode
+        assert first in found["kernel"] and second in found["second"]["kernel"], mode
+        if "kernel_first" in mode:
+            assert found["second"]["source_line"] in lines, mode
+        assert look(mode + "_event", tmp_path) == [], mode
+
+
+def test_launches_on_an_unexpected_stream(look, tmp_path):
+    (found,) = look("stream", tmp_path)
+    assert found["rule"] == "stream" and "fill" in found["kernel"]
+
+
 @pytest.mark.parametrize("schedule", ["roundrobin", "random", "adversarial"])
 def test_right_programs_are_without_a_finding(look, tmp_path, schedule):
     for seed in range(1 if schedule == "roundrobin" else 5):

@@ -141,6 +141,58 @@ def test_atomics():
     )
 
 
+# Type, operation and operands, old value, what atom returns besides it, new value.
+ATOMICS = [
+    ("add.s32", "-3", 1, -2),
+    ("add.u64", "%x1", 2**64 - 1, 6),
+    ("and.b32", "12", 10, 8),
+    ("or.b64", "%x1", 8, 15),
+    ("xor.b32", "12", 10, 6),
+    ("xor.b64", "%x1", 5, 2),
+    ("min.u32", "7", 2**32 - 1, 7),
+    ("min.s32", "7", -1, -1),
+    ("max.u64", "%x1", 3, 7),
+    ("max.s64", "%x1", -3, 7),
+    ("inc.u32", "7", 7, 0),
+    ("inc.u32", "7", 6, 7),
+    ("dec.u32", "7", 0, 7),
+    ("dec.u32", "7", 9, 7),
+    ("dec.u32", "7", 5, 4),
+    ("exch.b64", "%x1", 3, 7),
+    ("cas.b32", "5, 7", 5, 7),
+    ("cas.b32", "5, 7", 6, 6),
+    ("cas.b64", "%x2, %x1", 5, 7),
+    ("cas.b16", "%h1, %h2", 5, 7),
+    ("add.f64", "0d3FF8000000000000", 0x3FF0000000000000, 0x4004000000000000),
+    ("add.noftz.f16", "%h3", 0x3C00, 0x4000),
+    ("add.noftz.bf16", "%h4", 0x3F80, 0x4000),
+]
+
+
+@pytest.mark.parametrize("space", ["global", "shared", "generic"])
+def test_every_atomic(space):
+    for operation, operands, old, new in ATOMICS:
+        kind = operation.split(".")[-1]
+        bits = int(kind.strip("usbf"))
+        register = {16: "%h5", 32: "%r1", 64: "%x5"}[bits]
+        dot = "" if space == "generic" else "." + space
+        address = "%x8" if space == "shared" else "%p0"
+        body = f"""
+            mov.u64 %x1, 7; mov.u64 %x2, 5; mov.u16 %h1, 5; mov.u16 %h2, 7; mov.u16 %h3, 0x3C00; mov.u16 %h4, 0x3F80; mov.u64 %x8, buffer;
+            ld.global.b{bits} {register}, [%p0]; st.shared.b{bits} [buffer], {register};
+            atom{dot}.{operation} {register}, [{address}], {operands}; st.global.b{bits} [%p0+8], {register};
+        """
+        if space == "shared":
+            body += f"ld.shared.b{bits} {register}, [buffer]; st.global.b{bits} [%p0], {register};"
+        if "cas" not in operation and "exch" not in operation and space == "global":
+            body += f"ld.global.b{bits} {register}, [%p0]; st.global.b{bits} [%p0+16], {register}; ld.global.b{bits} {register}, [%p0+8]; st.global.b{bits} [%p0], {register}; red.global.{operation} [%p0], {operands};"
+        words = np.zeros(3, np.uint64)
+        mask = 2**bits - 1
+        words[0] = words[2] = old & mask
+        kernel(body, declarations=".shared .align 8 .b8 buffer[8];\n")(1, 1, 0, words)
+        assert (int(words[0]) & mask, int(words[1]) & mask) == (new & mask, old & mask), operation
+
+
 def test_warp_instructions():
     lanes = np.arange(32)
     assert (each_thread("shfl.sync.bfly.b32 %r0, %t, 3, 31, -1;") == lanes ^ 3).all()
@@ -169,6 +221,86 @@ def test_warp_instructions():
     assert (each_thread("redux.sync.xor.b32 %r0, %t, -1;") == 0).all()
     assert (each_thread("setp.gt.u32 %q0, %t, 15; mov.u32 %r0, 0; @%q0 activemask.b32 %r0;")[16:] == 0xFFFF0000).all()
     assert (each_thread("mov.u32 %r0, %lanemask_lt;") == (1 << lanes) - 1).all()
+
+
+def test_more_warp_instructions():
+    lanes = np.arange(32)
+    assert (each_thread("redux.sync.max.s32 %r0, %t, -1;") == 31).all()
+    assert (each_thread("redux.sync.max.u32 %r0, %t, -1;") == 31).all()
+    assert (each_thread("add.u32 %r1, %t, 3; redux.sync.min.u32 %r0, %r1, -1;") == 3).all()
+    assert (each_thread("or.b32 %r1, %t, 32; redux.sync.and.b32 %r0, %r1, -1;") == 32).all()
+    assert (each_thread("redux.sync.or.b32 %r0, %t, -1;") == 31).all()
+    body = "mov.u32 %r0, 0; setp.lt.u32 %q0, %t, 16; @%q0 redux.sync.add.s32 %r0, %t, 0xffff;"
+    assert (each_thread(body) == np.where(lanes < 16, 120, 0)).all()
+    body = "cvt.u64.u32 %x1, %t; and.b64 %x1, %x1, 3; match.any.sync.b64 %r0, %x1, -1;"
+    assert (each_thread(body) == (0x11111111 << (lanes % 4))).all()
+    assert (each_thread("match.all.sync.b32 %r0|%q0, %t, -1; @%q0 mov.u32 %r0, 9;") == 0).all()
+    assert (
+        each_thread("setp.lt.u32 %q0, %t, 40; vote.sync.all.pred %q1, %q0, -1; selp.u32 %r0, 1, 0, %q1;") == 1
+    ).all()
+    assert (each_thread("setp.lt.u32 %q0, %t, 4; vote.sync.uni.pred %q1, %q0, -1; selp.u32 %r0, 1, 0, %q1;") == 0).all()
+    assert (each_thread("elect.sync %r0|%q0, -1; @%q0 mov.u32 %r0, 77;") == np.where(lanes == 0, 77, 0)).all()
+    # Lane l has elements 2 l and 2 l + 1 of the matrix.
+    got = each_thread("mad.lo.u32 %r1, %t, 0x20002, 0x10000; movmatrix.sync.aligned.m8n8.trans.b16 %r0, %r1;")
+    assert (got.view(np.uint16).reshape(8, 8) == np.arange(64).reshape(8, 8).T).all()
+
+
+def test_special_registers():
+    body = """
+        mov.u32 %r0, %{name}; mov.u32 %r1, %ctaid.x; mad.lo.u32 %r1, %r1, 64, %t; mul.wide.u32 %x1, %r1, 4; add.s64 %x1, %p0, %x1; st.global.u32 [%x1], %r0;
+    """
+    threads, blocks = np.tile(np.arange(64), 3), np.repeat(np.arange(3), 64)
+    expected = {"tid.x": threads, "ntid.x": 64, "ctaid.x": blocks, "nctaid.x": 3, "laneid": threads % 32}
+    expected |= {"warpid": threads // 32, "nwarpid": 2, "smid": blocks, "nsmid": 108, "tid.y": 0, "ntid.z": 1}
+    expected |= {"ctaid.z": 0, "nctaid.y": 1, "dynamic_smem_size": 0, "total_smem_size": 0}
+    one = np.uint64(1) << (threads % 32).astype(np.uint64)
+    masks = {"eq": one, "lt": one - np.uint64(1), "le": one * np.uint64(2) - np.uint64(1)}
+    masks |= {"gt": 2**32 - 2 * one, "ge": 2**32 - one}
+    expected |= {f"lanemask_{name}": mask & np.uint64(2**32 - 1) for name, mask in masks.items()}
+    for name, value in expected.items():
+        out = np.zeros(192, np.uint32)
+        kernel(body.replace("{name}", name))(3, 64, 0, out)
+        assert (out == value).all(), name
+    # Clocks go forward, and the timer is the host's.
+    body = "mov.u64 %x1, %clock64; mov.u32 %r1, %clock; add.u32 %r2, %r1, 1; mov.u64 %x2, %clock64; setp.lt.u64 %q0, %x1, %x2; mov.u64 %x3, %globaltimer; setp.ne.and.u64 %q0, %x3, 0, %q0; selp.u32 %r0, 1, 0, %q0;"
+    assert each_thread(body).tolist() == [1] * 32
+
+
+def test_hints_change_nothing():
+    body = """
+        createpolicy.fractional.L2::evict_last.b64 %x1, 1.0; createpolicy.range.global.L2::evict_last.L2::evict_unchanged.b64 %x2, [%p0], 128, 128;
+        prefetch.global.L1 [%p0]; prefetch.L2 [%p0]; prefetchu.L1 [%p0]; applypriority.global.L2::evict_normal [%p0], 128;
+        pmevent 3; nanosleep.u32 100; ldu.global.u32 %r1, [%p0]; ld.global.L2::cache_hint.u32 %r0, [%p0], %x1; add.u32 %r0, %r0, %r1; add.u32 %r0, %r0, 5;
+    """
+    assert each_thread(body, 32).tolist() == [5] * 32
+
+
+def test_exit_and_ret_of_a_part():
+    assert (
+        each_thread("mov.u32 %r0, 1; setp.lt.u32 %q0, %t, 7; @%q0 exit; bar.warp.sync -1; mov.u32 %r0, 2;").tolist()
+        == [0] * 7 + [2] * 25
+    )
+    with pytest.raises(emulator.EmulatorError, match="brkpt"):
+        each_thread("brkpt; mov.u32 %r0, 1;")
+
+
+@pytest.mark.parametrize("trans", ["", ".trans"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_stmatrix(count, trans):
+    out = np.zeros(256, np.uint16)
+    registers = ", ".join(f"%r{10 + k}" for k in range(count))
+    fill = "".join(f"add.u32 %r{10 + k}, %r2, {k * 0x00400040:#x};" for k in range(count))
+    kernel(
+        f"""
+        mul.wide.u32 %x1, %t, 16; mov.u64 %x0, buffer; add.s64 %x3, %x0, %x1; cvt.u32.u64 %r1, %x3;
+        shl.b32 %r2, %t, 1; mad.lo.u32 %r2, %r2, 0x10001, 0x10000; {fill}
+        stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r1], {{{registers}}}; bar.sync 0;
+        add.s64 %x2, %p0, %x1; ld.shared.v2.u64 {{%x5, %x6}}, [%x3]; st.global.v2.u64 [%x2], {{%x5, %x6}};
+        """,
+        declarations=".shared .align 16 .b8 buffer[512];\n",
+    )(1, 32, 0, out)
+    tiles = np.arange(64 * count, dtype=np.uint16).reshape(count, 8, 8)
+    assert (out.reshape(4, 8, 8)[:count] == (tiles.transpose(0, 2, 1) if trans else tiles)).all()
 
 
 def test_lanes_meet_at_a_sync_instruction_on_their_own_paths():
@@ -338,6 +470,15 @@ def bf16(x):
     return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
+def e4m3(x):
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def nibbles(x):
+    low, high = (np.ascontiguousarray(x[:, k::2]) & 15 for k in range(2))
+    return (low | high << 4).astype(np.uint8)
+
+
 def e5m2(x):
     return (np.ascontiguousarray(x, np.float16).view(np.uint16) >> 8).astype(np.uint8)
 
@@ -355,19 +496,26 @@ MMAS = [
     ("m16n8k16", "s32.u8.s8.s32", (np.uint8, np.int8)),
     ("m16n8k32", "s32.s8.u8.s32", (np.int8, np.uint8)),
     ("m16n8k32", "f32.e5m2.e5m2.f32", e5m2),
+    ("m16n8k32", "f32.e4m3.e4m3.f32", e4m3),
+    ("m16n8k32", "f32.e4m3.e5m2.f32", (e4m3, e5m2)),
+    ("m16n8k8", "f16.f16.f16.f16", np.float16),
+    ("m16n8k4", "f64.f64.f64.f64", np.float64),
+    ("m16n8k8", "f64.f64.f64.f64", np.float64),
+    ("m16n8k16", "f64.f64.f64.f64", np.float64),
+    ("m16n8k32", "s32.u8.u8.s32", np.uint8),
+    ("m8n8k32", "s32.s4.s4.s32", nibbles),
+    ("m16n8k32", "s32.u4.s4.s32", nibbles),
+    ("m16n8k64", "s32.s4.u4.s32", nibbles),
+    ("m16n8k64", "s32.u4.u4.s32", nibbles),
 ]
 
 
-@pytest.mark.parametrize("shape, types, element", MMAS, ids=lambda v: v if isinstance(v, str) else "")
-def test_mma(shape, types, element):
-    m, n, k = (int(v) for v in shape.replace("m", "").replace("n", " ").replace("k", " ").split())
-    element_a, element_b = element if isinstance(element, tuple) else (element, element)
-    random = np.random.default_rng(0)
-    low = 0 if "u8" in types else -4
-    a, b, c = random.integers(low, 5, (m, k)), random.integers(low, 5, (n, k)), random.integers(-9, 9, (m, n))
-    wide = {"f32": np.float32, "f16": np.float16, "f64": np.float64, "s32": np.int32}[types.split(".")[0]]
-    cast = lambda x, e: e(x) if e in (bf16, e5m2) else x.astype(e)  # noqa: E731
-    fa, fb = fragment(cast(a, element_a), m // 8), fragment(cast(b, element_b), 1)
+def multiply(shape: str, types: str, fa: np.ndarray, fb: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Runs one mma of fragments A and B, and C as a matrix; returns D."""
+    m, n = c.shape
+    wide = {"f32": np.float32, "f16": np.float16, "f64": np.float64, "s32": np.int32}[
+        types.removeprefix("satfinite.").split(".")[0]
+    ]
     # C: 8 x 8 tiles of pairs, a register for each half of the pair, or one for both in half precision.
     cs = c.astype(wide).reshape(m // 8, 32, 2)
     fc = np.ascontiguousarray(cs if wide == np.float16 else cs.transpose(0, 2, 1))
@@ -398,4 +546,39 @@ def test_mma(shape, types, element):
     body = f"mul.wide.u32 %x1, %t, {bytes_}; {loads} mma.sync.aligned.{shape}.row.col.{types} {acc}, {ra}, {rb}, {acc}; {stores}"
     kernel(body, 4)(1, 32, 0, out, fa, fb, fc)
     got = out if wide == np.float16 else out.transpose(0, 2, 1)
-    assert (got.reshape(m, n) == c + a @ b.T).all()
+    return got.reshape(m, n)
+
+
+def dimensions(shape: str) -> tuple[int, int, int]:
+    return tuple(int(v) for v in shape.replace("m", "").replace("n", " ").replace("k", " ").split())
+
+
+@pytest.mark.parametrize("shape, types, element", MMAS, ids=lambda v: v if isinstance(v, str) else "")
+def test_mma(shape, types, element):
+    m, n, k = dimensions(shape)
+    element_a, element_b = element if isinstance(element, tuple) else (element, element)
+    random = np.random.default_rng(0)
+    low = 0 if "u8" in types or "u4" in types else -4
+    a, b, c = random.integers(low, 5, (m, k)), random.integers(low, 5, (n, k)), random.integers(-9, 9, (m, n))
+    cast = lambda x, e: x.astype(e) if isinstance(e, type) else e(x)  # noqa: E731
+    got = multiply(shape, types, fragment(cast(a, element_a), m // 8), fragment(cast(b, element_b), 1), c)
+    assert (got == c + a @ b.T).all()
+
+
+@pytest.mark.parametrize("shape", ["m8n8k128", "m16n8k128", "m16n8k256"])
+@pytest.mark.parametrize("operation", ["xor", "and"])
+def test_mma_of_bits(shape, operation):
+    m, n, k = dimensions(shape)
+    random = np.random.default_rng(0)
+    a, b, c = random.integers(0, 2, (m, k)), random.integers(0, 2, (n, k)), random.integers(-9, 9, (m, n))
+    pack = lambda x: np.packbits(x.astype(np.uint8), axis=1, bitorder="little")  # noqa: E731
+    got = multiply(shape, f"s32.b1.b1.s32.{operation}.popc", fragment(pack(a), m // 8), fragment(pack(b), 1), c)
+    both = a @ b.T
+    assert (got == c + (both if operation == "and" else a.sum(1)[:, None] + b.sum(1) - 2 * both)).all()
+
+
+def test_mma_saturates_on_request():
+    a, c = np.full((16, 32), 127, np.int8), np.full((16, 8), 2**31 - 5)
+    fragments = fragment(a, 2), fragment(a[:8], 1)
+    assert (multiply("m16n8k32", "satfinite.s32.s8.s8.s32", *fragments, c) == 2**31 - 1).all()
+    assert (multiply("m16n8k32", "s32.s8.s8.s32", *fragments, c) == 32 * 127**2 - 5 - 2**31).all()
