@@ -395,12 +395,14 @@ def calibrate(
     depths = [parse_depth(depth) for depth in prefill_depth]
     source = read_texts(text, samples) if text or samples else None
     if samples and refine:
-        raise ValueError("--refine works on text, expected it without --samples")
+        raise ValueError("--refine takes text in windows of one length, expected it without --samples")
     loaded = load_model(model, dtype)
     from pop_ext import calibration as calibrations
     from pop_ext import text as texts
 
     depths = [loaded.layers_kept(depth) for depth in depths]
+    if refine and loaded.vision is not None:
+        raise ValueError(f"--refine takes models of text alone, {model} has a vision tower")
     start = time.perf_counter()
     if source is None and not samples:
         with progress_bar("sampling text") as report:

@@ -27,6 +27,7 @@ from pop_ext import cli
 from pop_ext.calibration import calibrate
 from pop_ext.generation import encode_prompt
 from pop_ext.importance import truncation_kl
+from pop_ext.refinement import refine
 from pop_ext.vision import load_samples, read_video, transformers_inputs
 
 BOUND = 1e-5
@@ -478,6 +479,49 @@ def test_video_patches(qwen):
     assert times == [0.125, 0.625, 1.0]  # the last frame stands twice
 
 
+def test_a_second_turn_adds_a_video(qwen):
+    """At full depth, the whole conversation at once by transformers; truncated, the reference turn by turn."""
+    model, clip = qwen.model, (frames_of(3), 2)
+    first, visuals = qwen.ours(f"a{qwen.mark}", [picture(25, 61)])
+    for depth in (qwen.deepstack, qwen.layers):
+        sequence, reference = model.new_sequence(), qwen.reference(depth)
+        rows = [model.prefill([sequence], [first], visuals=[visuals], prefill_depth=depth)[0][0]]
+        expected = [reference.prompt(first, **pixels(qwen.process(f"a{qwen.mark}", [picture(25, 61)])))]
+        second, media = encode_prompt(
+            model, f"the {model.vision.written('video', model.tokenizer)}", "prompt", sequence.token_ids, [], [clip]
+        )
+        values = {
+            "pixel_values_videos": media[0].pixel_values,
+            "video_grid_thw": torch.tensor([media[0].grid_thw]),
+        }
+        spans = [visual for item in media for visual in model.vision.encode(item)]
+        rows.append(model.prefill([sequence], [second], visuals=[spans], prefill_depth=depth)[0][0])
+        rows += [model.decode([sequence], [token])[0] for token in CONTINUATION[:-1]]
+        expected += [reference.prompt(second, **values), *reference.decode(CONTINUATION[:-1])]
+        model.free(sequence)
+        assert normwise(torch.stack(rows), torch.stack(expected)) <= BOUND
+        if depth == qwen.layers:
+            ids = torch.tensor([[*first, *second, *CONTINUATION[:-1]]])
+            config = qwen.peer.config
+            kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+            values |= pixels(qwen.process(f"a{qwen.mark}", [picture(25, 61)]))
+            qwen.peer.model.rope_deltas = None
+            with torch.no_grad():
+                logits = qwen.peer(input_ids=ids, mm_token_type_ids=kinds, **values).logits[0]
+            assert normwise(torch.stack(rows[1:]), logits[len(first) + len(second) - 1 :]) <= BOUND
+
+
+def test_batches_by_generate(pair):
+    """Rows with an image, with two, with none: each as if it were alone."""
+    texts = [f"the {pair.mark} and", "the an and", f"{pair.mark} a {pair.mark}"]
+    images = [[picture(40, 30)], None, [picture(25, 61), picture(9, 9)]]
+    depth = max(pair.deepstack, 2)
+    together = pair.model.generate(texts, images=images, max_new_tokens=6, prefill_depth=depth)
+    for text, pictures, tokens in zip(texts, images, together.tokens, strict=True):
+        alone = pair.model.generate(text, images=pictures or [], max_new_tokens=6, prefill_depth=depth)
+        assert alone.tokens == [tokens]
+
+
 def test_video_by_generate(qwen):
     clip = (frames_of(3), 2)
     model, text = qwen.model, f"{qwen.model.vision.written('video', qwen.model.tokenizer)} the"
@@ -885,6 +929,21 @@ def test_sample_commands(pair, samples, tmp_path):
     kl = {row["method"]: row["kl"] for row in json.loads(result.stdout)}
     assert kl.keys() == {"full", "pop_own", "pop_calibrated", "speed", "shortgpt"}
     assert 0 < kl["pop_calibrated"] < kl["pop_own"]
+
+
+def test_refinement_is_refused(pair, samples, tmp_path):
+    """Before anything is computed or written."""
+    (tmp_path / "text.txt").write_text("the an and " * 200)
+    options = ("--prefill-depth", 2, "--refine", 3, "--output", tmp_path / "out.safetensors")
+    for source, message in [
+        (("--samples", samples), "expected it without --samples"),
+        (("--text", tmp_path / "text.txt"), "takes models of text alone"),
+    ]:
+        result = pop("calibrate", pair.folder, *source, *options)
+        assert result.exit_code == 1 and message in result.stderr
+        assert not (tmp_path / "out.safetensors").exists()
+    with pytest.raises(ValueError, match=r"got one with a vision tower \((qwen3_vl|gemma3)\)"):
+        refine(pair.model, None, [[5] * 90] * 2, 1)
 
 
 @pytest.mark.parametrize(
