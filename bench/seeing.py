@@ -191,7 +191,7 @@ def initialise(model, family: str) -> None:
             for target, source in (("q_proj", "k_proj"), ("o_proj", "v_proj")):
                 heads = getattr(attention, source).weight.unflatten(0, (-1, attention.head_dim))
                 weight = heads.repeat_interleave(attention.num_key_value_groups, 0).flatten(0, 1)
-                getattr(attention, target).weight.copy_(0.1 * weight.T if target == "o_proj" else weight)
+                getattr(attention, target).weight.copy_(0.5 * weight.T if target == "o_proj" else weight)
             layer.mlp.down_proj.weight.mul_(0.1)
             attention.q_norm.weight.fill_(1.0 if family == "gemma3" else 2.0)  # Gemma's gain is 1 + weight
 
@@ -260,7 +260,8 @@ def train(family: str, folder: Path, steps: int, console: Console, seed: int = 1
                     hidden["mask"] = is_image[:, None, None, :] & ~is_image[:, None, :, None]
                 output = model(**inputs, mm_encoder_outputs={"image": vision}, output_hidden_states=True)
                 hidden.clear()
-                middle = rms_norm(output.hidden_states[READ], (embedding.shape[1],))
+                # times 4: a third of a token's direction is to suffice, as the rest is needed for other things
+                middle = 4 * rms_norm(output.hidden_states[READ], (embedding.shape[1],))
                 known = cells != -100
                 logits, wanted = output.logits[:, :-1], labels[:, 1:]
                 loss = 0.3 * (loss + shown(middle[is_image]))
