@@ -181,7 +181,7 @@ def batch_of(family: str, asked: list[tuple[Picture, list[tuple[str, str]]]], to
 
 def initialise(model, family: str) -> None:
     """Starts the decoder so that looking up is soon learnt: attention between what is alike, which copies what it sees
-    (mimetic initialisation, Trockman and Kolter, 2023), and little else in the residual stream.
+    (after the mimetic initialisation of Trockman and Kolter, 2023), and little else in the residual stream.
     """
     import torch
 
@@ -203,8 +203,8 @@ def train(family: str, folder: Path, steps: int, console: Console, seed: int = 1
     token are to have the highest products with the embeddings of its figure's colour and shape and of its cell's name.
     Afterwards the whole model learns to answer as well. Before layer READ image tokens are still to say what they show,
     and tokens that an answer's word comes after are to know which cell is asked for. Gemma-3's sliding windows keep
-    them from seeing the picture before; Qwen3-VL's first READ layers do not show it to them in the first 60 percent of
-    training, and ever oftener in the next 20, so that both read it in the deep layers, as large models do.
+    most of the picture from them until then; Qwen3-VL's first READ layers do not show it to them in 60 percent of the
+    training, and ever oftener in the next 20. So both come to read it in the deep layers.
     """
     import torch
     from torch.nn.functional import cross_entropy, linear, rms_norm
@@ -450,7 +450,7 @@ def main() -> int:
             console.print(f"trained {family} in {seconds / 60:.1f} minutes", highlight=False)
         results.append(measure(family, folder, arguments.questions, console))
         if not arguments.json:
-            show(results[-1], Console())
+            show(results[-1], Console(width=None if sys.stdout.isatty() else 120))
     if arguments.json:
         print(json.dumps(results))
     blind = [result["family"] for result in results if result["depths"][0]["accuracy"]["own"] < GOAL]
