@@ -395,7 +395,7 @@ def calibrate(
     depths = [parse_depth(depth) for depth in prefill_depth]
     source = read_texts(text, samples) if text or samples else None
     if samples and refine:
-        raise ValueError("--refine takes text in windows of one length, expected it without --samples")
+        raise ValueError("--refine works on text, expected it without --samples")
     loaded = load_model(model, dtype)
     from pop_ext import calibration as calibrations
     from pop_ext import text as texts
