@@ -20,7 +20,7 @@ bench: $(SMOLLM2)
 bench-peers: $(SMOLLM2)
 	$(BIN)/python bench/peers.py $(SMOLLM2)
 
-# Two very small vision-language models that see, trained here (half an hour the first time), at every prefill depth.
+# Two very small vision-language models that see, trained here (some ten minutes the first time), at every prefill depth.
 seeing: .venv/built
 	@mkdir -p build/models
 	$(BIN)/python bench/seeing.py build/models

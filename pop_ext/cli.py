@@ -118,6 +118,12 @@ def generate(
     image: Annotated[
         list[Path] | None, typer.Option(help="An image that the prompt is about; may be given several times.")
     ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A folder of frames or an animated GIF, PNG or WebP; likewise.")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the videos.  [default: an animation's own]")
+    ] = None,
     prefill_depth: Annotated[
         str, typer.Option(help="Layers that the prompt runs through (12), or their share (0.7). 1 is one, 1.0 is all.")
     ] = "1.0",
@@ -143,6 +149,13 @@ def generate(
     """
     depth = parse_depth(prefill_depth)
     text = read_prompt(prompt, prompt_file)
+    if fps is not None and not video:
+        raise ValueError("--fps is the rate of a video's frames, expected it with --video")
+    videos = []
+    if video:
+        from pop_ext.vision import read_video
+
+        videos = [read_video(path, fps) for path in video]
 
     loaded = load_model(
         model,
@@ -164,6 +177,7 @@ def generate(
     output = loaded.generate(
         [{"role": "user", "content": text}] if chat else text,
         images=image or [],
+        videos=videos,
         max_new_tokens=max_new_tokens,
         seed=seed,
         streamer=streamer,
@@ -408,6 +422,8 @@ def calibrate(
     from pop_ext import text as texts
 
     depths = [loaded.layers_kept(depth) for depth in depths]
+    if refine and loaded.vision is not None:
+        raise ValueError(f"--refine takes models of text alone, {model} has a vision tower")
     start = time.perf_counter()
     if source is None and not samples:
         with progress_bar("sampling text") as report:

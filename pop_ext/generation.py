@@ -385,7 +385,8 @@ def encode_prompt(model, prompt, name: str, history: list[int], images=(), video
     if is_chat:
         prompt, images, videos = _chat_media(prompt, name, images, videos)
     if (images or videos) and model.vision is None:
-        raise ValueError(f"{name} has images, but this model ({model.spec.model_type}) reads text only")
+        kind = "images" if images else "videos"
+        raise ValueError(f"{name} has {kind}, but this model ({model.spec.model_type}) reads text only")
     if (is_text or is_chat) and model.tokenizer is None:
         raise ValueError(f"{name} is text, but the model has no tokenizer: pass token ids")
     media = {"image": [], "video": []}

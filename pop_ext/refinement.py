@@ -171,6 +171,10 @@ def refine(
         raise ValueError(f"windows must be of one length, more than {BLOCK + model.anchor_tokens} tokens")
     if len(windows) < 2:
         raise ValueError(f"the text has {len(windows)} windows, expected at least 2: one is held out")
+    if model.vision is not None:
+        raise ValueError(
+            f"refinement takes models of text alone, got one with a vision tower ({model.spec.vision_type})"
+        )
     for count, depth in enumerate(calibration.depths):
         path = None if state is None else Path(f"{state}.refining-{depth}")
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS = 2**26  # of an image file, looked at before anything is decoded
-MAX_FRAMES = 4096
+MAX_FRAMES = 4096  # of a video
+MAX_VIDEO_PIXELS = 2**28  # of all its frames, which are in memory together
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that starts another program, as EPS does
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 PROCESSED_PIXELS = (1, 2**26)  # that a folder may ask an image to be enlarged to
@@ -186,7 +187,7 @@ class Vision:
             raise ValueError(f"{name} has {len(frames)} frames, expected 1 to {MAX_FRAMES}")
         if isinstance(fps, bool) or not isinstance(fps, int | float) or not (isfinite(fps) and fps > 0):
             raise ValueError(f"{name}: frames per second is {fps!r:.80}, expected a positive number")
-        frames = [open_image(frame, f"{name}, frame {i}") for i, frame in enumerate(frames)]
+        frames = _within_limits(frames, name)
         sizes = {frame.size for frame in frames}
         if len(sizes) > 1:
             raise ValueError(f"{name} has frames of different sizes: {', '.join(map(str, sorted(sizes)[:3]))}")
@@ -280,6 +281,52 @@ def open_image(image, name: str) -> Image.Image:
         return (ImageOps.exif_transpose(picture) if picture is not image else picture).convert("RGB")
     except Exception as error:  # a decoder's complaint about a damaged file is of any kind
         raise ValueError(f"{where}: cannot be read: {_one_line(error)}") from error
+
+
+def read_video(path: str | Path, fps: float | None = None) -> tuple[list[Image.Image], float]:
+    """(frames, frames per second) of a folder of image files, in the order of their names, or of an animated GIF, PNG
+    or WebP file, whose own rate is taken where `fps` is None.
+    """
+    from PIL import Image, ImageSequence
+
+    path, name = Path(path), f"video {path}"
+    if path.is_dir():
+        if fps is None:
+            raise ValueError(f"{name}: a folder does not say how fast its frames follow: expected frames per second")
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if not 1 <= len(files) <= MAX_FRAMES:
+            raise ValueError(f"{name} has {len(files)} files, expected 1 to {MAX_FRAMES}, each a frame")
+        return _within_limits(files, name), fps
+    open_image(path, name)  # its first frame, and what can be wrong with that
+    with Image.open(path, formats=FORMATS) as animation:
+        if getattr(animation, "n_frames", 1) > MAX_FRAMES:
+            raise ValueError(f"{name} has {animation.n_frames} frames, expected 1 to {MAX_FRAMES}")
+        seconds = 0.0
+
+        def frames():
+            nonlocal seconds
+            for frame in ImageSequence.Iterator(animation):
+                yield frame
+                seconds += frame.info.get("duration", 0) / 1000
+
+        try:
+            result = _within_limits(frames(), name)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{name}: cannot be read: {_one_line(error)}") from error
+    if fps is None and seconds <= 0:
+        raise ValueError(f"{name} does not say how fast its frames follow: expected frames per second")
+    return result, len(result) / seconds if fps is None else fps
+
+
+def _within_limits(frames, name: str) -> list[Image.Image]:
+    """`open_image` of every frame; ValueError as soon as they have too many pixels together."""
+    result, pixels = [], 0
+    for i, frame in enumerate(frames):
+        result.append(open_image(frame, f"{name}, frame {i}"))
+        pixels += result[-1].width * result[-1].height
+        if pixels > MAX_VIDEO_PIXELS:
+            raise ValueError(f"{name}: more than {MAX_VIDEO_PIXELS} pixels in its first {i + 1} frames together")
+    return result
 
 
 def _patches(frames: list[Image.Image], settings: dict, name: str) -> Media:

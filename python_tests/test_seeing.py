@@ -22,12 +22,12 @@ def test_questions_are_about_the_picture():
         words = question.split()
         if words[0] in seeing.CELLS:
             assert answer.split() == list(picture.items[seeing.CELLS.index(words[0])])
-        elif words[0] == "below":
-            assert answer.split() == list(picture.items[picture.items.index((words[1], words[2])) + 3])
         else:
-            assert seeing.NUMBERS.index(answer) == sum(colour == words[1] for colour, _ in picture.items)
+            row, column = words[1]
+            under = chr(ord(row) + 1) + column
+            assert answer.split() == list(picture.items[seeing.CELLS.index(under)])
         kinds.add("cell" if words[0] in seeing.CELLS else words[0])
-    assert kinds == {"cell", "below", "count"}
+    assert kinds == {"cell", "below"}
 
 
 @pytest.mark.parametrize("family", list(seeing.SPECIAL))
@@ -47,7 +47,16 @@ def test_batch(family):
         ]
         assert int((row == model.config.image_token_id).sum()) == seeing.IMAGE_TOKENS
     figures = inputs["figures"].unflatten(0, (3, seeing.IMAGE_TOKENS))
-    assert figures[:, 0, 2].tolist() == [0] * 3 and figures[:, -1, 2].tolist() == [8] * 3
+    assert figures[:, 0, 2].tolist() == [0] * 3 and figures[:, -1, 2].tolist() == [15] * 3
+    assert figures[0, 8 * 3 + 4].tolist()[2] == 6  # the fourth row and fifth column of tokens: b3
+    # where colour and shape are asked for, the cell under which they are
+    known, colours = inputs["cells"], tokenizer.convert_tokens_to_ids(list(seeing.COLOURS))
+    assert int((known != -100).sum()) == 3 * 2 * 2
+    for wanted, at, picture in zip(labels, known, pictures, strict=True):
+        for place in (at != -100).nonzero().flatten().tolist():
+            words = picture.items[int(at[place])]
+            word = tokenizer.decode([int(wanted[place + 1])])
+            assert word == words[0 if int(wanted[place + 1]) in colours else 1]
     assert list(seeing.COLOURS)[int(figures[1, 0, 0])] == pictures[1].items[0][0]
 
 

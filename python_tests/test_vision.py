@@ -27,7 +27,8 @@ from pop_ext import cli
 from pop_ext.calibration import calibrate
 from pop_ext.generation import encode_prompt
 from pop_ext.importance import truncation_kl
-from pop_ext.vision import load_samples, transformers_inputs
+from pop_ext.refinement import refine
+from pop_ext.vision import load_samples, read_video, transformers_inputs
 
 BOUND = 1e-5
 SIZES = [(40, 30), (25, 61), (33, 33), (90, 14), (9, 9), (12, 70)]  # wide, tall, odd, smaller than a patch group
@@ -478,12 +479,104 @@ def test_video_patches(qwen):
     assert times == [0.125, 0.625, 1.0]  # the last frame stands twice
 
 
+def test_a_second_turn_adds_a_video(qwen):
+    """At full depth, the whole conversation at once by transformers; truncated, the reference turn by turn."""
+    model, clip = qwen.model, (frames_of(3), 2)
+    first, visuals = qwen.ours(f"a{qwen.mark}", [picture(25, 61)])
+    for depth in (qwen.deepstack, qwen.layers):
+        sequence, reference = model.new_sequence(), qwen.reference(depth)
+        rows = [model.prefill([sequence], [first], visuals=[visuals], prefill_depth=depth)[0][0]]
+        expected = [reference.prompt(first, **pixels(qwen.process(f"a{qwen.mark}", [picture(25, 61)])))]
+        second, media = encode_prompt(
+            model, f"the {model.vision.written('video', model.tokenizer)}", "prompt", sequence.token_ids, [], [clip]
+        )
+        values = {
+            "pixel_values_videos": media[0].pixel_values,
+            "video_grid_thw": torch.tensor([media[0].grid_thw]),
+        }
+        spans = [visual for item in media for visual in model.vision.encode(item)]
+        rows.append(model.prefill([sequence], [second], visuals=[spans], prefill_depth=depth)[0][0])
+        rows += [model.decode([sequence], [token])[0] for token in CONTINUATION[:-1]]
+        expected += [reference.prompt(second, **values), *reference.decode(CONTINUATION[:-1])]
+        model.free(sequence)
+        assert normwise(torch.stack(rows), torch.stack(expected)) <= BOUND
+        if depth == qwen.layers:
+            ids = torch.tensor([[*first, *second, *CONTINUATION[:-1]]])
+            config = qwen.peer.config
+            kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+            values |= pixels(qwen.process(f"a{qwen.mark}", [picture(25, 61)]))
+            qwen.peer.model.rope_deltas = None
+            with torch.no_grad():
+                logits = qwen.peer(input_ids=ids, mm_token_type_ids=kinds, **values).logits[0]
+            assert normwise(torch.stack(rows[1:]), logits[len(first) + len(second) - 1 :]) <= BOUND
+
+
+def test_batches_by_generate(pair):
+    """Rows with an image, with two, with none: each as if it were alone."""
+    texts = [f"the {pair.mark} and", "the an and", f"{pair.mark} a {pair.mark}"]
+    images = [[picture(40, 30)], None, [picture(25, 61), picture(9, 9)]]
+    depth = max(pair.deepstack, 2)
+    together = pair.model.generate(texts, images=images, max_new_tokens=6, prefill_depth=depth)
+    for text, pictures, tokens in zip(texts, images, together.tokens, strict=True):
+        alone = pair.model.generate(text, images=pictures or [], max_new_tokens=6, prefill_depth=depth)
+        assert alone.tokens == [tokens]
+
+
 def test_video_by_generate(qwen):
     clip = (frames_of(3), 2)
     model, text = qwen.model, f"{qwen.model.vision.written('video', qwen.model.tokenizer)} the"
     output = model.generate([text, "an"], videos=[[clip], None], max_new_tokens=3)
     assert output.tokens[1] == model.generate("an", max_new_tokens=3).tokens[0]
     assert model.generate(text, videos=[clip], max_new_tokens=3).tokens[0] == output.tokens[0]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_animations(tmp_path, suffix):
+    """Frames and rate of a file are those that it was made of; a folder's are its files, by name."""
+    frames = [frame.quantize(64).convert("RGB") for frame in frames_of(5)]  # what a GIF can hold
+    path = tmp_path / f"clip.{suffix}"
+    lossless = {"lossless": True, "exact": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=200, loop=0, **lossless)
+    found, fps = read_video(path)
+    assert [frame.tobytes() for frame in found] == [frame.tobytes() for frame in frames] and abs(fps - 5) < 1e-9
+    assert read_video(str(path), 2.5)[1] == 2.5
+    (tmp_path / "folder").mkdir()
+    for i in (3, 0, 4, 1, 2):
+        frames[i].save(tmp_path / "folder" / f"{i:02}.png")
+    (tmp_path / "folder" / ".hidden").write_text("not a frame")
+    found, fps = read_video(tmp_path / "folder", 3)
+    assert [frame.tobytes() for frame in found] == [frame.tobytes() for frame in frames] and fps == 3
+
+
+def test_bad_video_files(tmp_path, monkeypatch):
+    frames = frames_of(4)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder").mkdir()
+    frames[0].save(tmp_path / "folder" / "0.png")
+    (tmp_path / "folder" / "1.png").write_text("not an image")
+    (tmp_path / "text.gif").write_text("not an image")
+    frames[0].save(tmp_path / "still.png")
+    frames[0].save(tmp_path / "clip.webp", save_all=True, append_images=frames[1:], duration=200)
+    frames[0].save(tmp_path / "clip.png", save_all=True, append_images=frames[1:], duration=200)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "clip.png").read_bytes()[:-600])
+    for name, fps, error, message in [
+        ("empty", 1, ValueError, "empty has 0 files, expected 1 to"),
+        ("folder", None, ValueError, "does not say how fast its frames follow"),
+        ("folder", 1, ValueError, "frame 1: .*1.png: not an image"),
+        ("text.gif", None, ValueError, "text.gif: not an image"),
+        ("none.gif", None, FileNotFoundError, "none.gif: no such file"),
+        ("still.png", None, ValueError, "still.png does not say how fast its frames follow"),
+        ("cut.png", None, ValueError, "cut.png.*cannot be read"),
+    ]:
+        with pytest.raises(error, match=message):
+            read_video(tmp_path / name, fps)
+    monkeypatch.setattr(pop_ext.vision, "MAX_FRAMES", 3)
+    with pytest.raises(ValueError, match=r"clip.webp has 4 frames, expected 1 to 3"):
+        read_video(tmp_path / "clip.webp")
+    monkeypatch.setattr(pop_ext.vision, "MAX_FRAMES", 4)
+    monkeypatch.setattr(pop_ext.vision, "MAX_VIDEO_PIXELS", 3 * 37 * 29)
+    with pytest.raises(ValueError, match=r"more than 3219 pixels in its first 4 frames"):
+        read_video(tmp_path / "clip.webp")
 
 
 # Checkpoints
@@ -768,6 +861,26 @@ def test_command(pair, tmp_path):
     assert "none.png: no such file" in result.stderr
 
 
+def test_command_with_a_video(qwen, gemma, tmp_path):
+    frames = [frame.quantize(64).convert("RGB") for frame in frames_of(3)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=500)
+    options = ("--prompt", "the", "--max-new-tokens", 5, "--dtype", "float32", "--video", tmp_path / "clip.gif")
+    chat = [{"role": "user", "content": "the"}]
+    for extra, fps in ((), 2), (("--fps", 8), 8):
+        result = pop("generate", qwen.folder, *options, "--json", *extra)
+        assert result.exit_code == 0, result.stderr
+        wanted = qwen.model.generate(chat, videos=[(frames, fps)], max_new_tokens=5)
+        output = json.loads(result.stdout)
+        assert (output["tokens"], output["prompt_tokens"]) == (wanted.tokens[0], wanted.prompt_tokens[0])
+    for arguments, message in [
+        ((gemma.folder, *options), "gemma3 takes images only"),
+        ((qwen.folder, "--prompt", "the", "--fps", 2), "expected it with --video"),
+        ((qwen.folder, *options, "--fps", -1), "frames per second is -1.0, expected a positive number"),
+    ]:
+        result = pop("generate", *arguments)
+        assert result.exit_code == 1 and message in result.stderr
+
+
 # Image-text samples
 
 
@@ -816,6 +929,21 @@ def test_sample_commands(pair, samples, tmp_path):
     kl = {row["method"]: row["kl"] for row in json.loads(result.stdout)}
     assert kl.keys() == {"full", "pop_own", "pop_calibrated", "speed", "shortgpt"}
     assert 0 < kl["pop_calibrated"] < kl["pop_own"]
+
+
+def test_refinement_is_refused(pair, samples, tmp_path):
+    """Before anything is computed or written."""
+    (tmp_path / "text.txt").write_text("the an and " * 200)
+    options = ("--prefill-depth", 2, "--refine", 3, "--output", tmp_path / "out.safetensors")
+    for source, message in [
+        (("--samples", samples), "expected it without --samples"),
+        (("--text", tmp_path / "text.txt"), "takes models of text alone"),
+    ]:
+        result = pop("calibrate", pair.folder, *source, *options)
+        assert result.exit_code == 1 and message in result.stderr
+        assert not (tmp_path / "out.safetensors").exists()
+    with pytest.raises(ValueError, match=r"got one with a vision tower \((qwen3_vl|gemma3)\)"):
+        refine(pair.model, None, [[5] * 90] * 2, 1)
 
 
 @pytest.mark.parametrize(
