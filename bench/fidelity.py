@@ -82,8 +82,8 @@ def main() -> None:
         show("Methods", results["methods"])
         methods = ("--method", "pop_own", "--method", "pop_calibrated")
         lengths = [x for length in CONTEXTS for x in ("--prompt-tokens", length)]
-        results["contexts"] = json.loads(pop(*common, *methods, *lengths, "--prompts", 16))
-        show("Context length, 16 prompts each", results["contexts"])
+        results["contexts"] = json.loads(pop(*common, *methods, *lengths, "--prompts", 8))
+        show("Context length, 8 prompts each", results["contexts"])
         for planted in ("retrieval", "copying"):
             results[planted] = json.loads(pop(*common, *methods, "--planted", planted))
             show(f"{planted.capitalize()} from the prompt", results[planted], exact=True)
