@@ -172,8 +172,8 @@ def features_of(moments: Moments, size: int, rank: int) -> Tensor:
 
     Scaled so that a feature varies by 1 for given x_t.
     """
-    if rank == 0:
-        return torch.zeros(0, size, dtype=torch.float64)
+    if rank == 0 or not moments.xy:
+        return torch.zeros(rank, size, dtype=torch.float64)
     xx = moments.xx + 1e-4 * moments.xx.diagonal().mean() * torch.eye(2 * size, dtype=torch.float64)
     now, both, before = xx[:size, :size], xx[:size, size:], xx[size:, size:]
     factor = torch.linalg.cholesky(now)
@@ -182,7 +182,7 @@ def features_of(moments: Moments, size: int, rank: int) -> Tensor:
     for xy in moments.xy.values():
         keys = xy[:, : xy.shape[1] // 2]
         weight = torch.cholesky_solve(keys[:size], factor)
-        unexplained.append((keys[size:] - both.T @ weight) / (keys[:size] * weight).sum().sqrt())
+        unexplained.append((keys[size:] - both.T @ weight) / (keys[:size] * weight).sum().clamp_min(1e-300).sqrt())
     unexplained = torch.linalg.solve_triangular(rest, torch.cat(unexplained, 1), upper=False)
     _, vectors = torch.linalg.eigh(unexplained @ unexplained.T)
     best = vectors[:, -rank:]
@@ -294,10 +294,6 @@ def calibrate(
             fitted[depth], held_out[depth] = fitted[depth].of(joined), held_out[depth].of(joined)
         own = {layer: _own(model, layer, fitted[depth]) for layer in layers[depth]}
         spectrum = torch.linalg.eigh(fitted[depth].xx)
-        weights = {
-            penalty: {layer: fitted[depth].solve(layer, own[layer], penalty, spectrum) for layer in layers[depth]}
-            for penalty in PENALTIES
-        }
         power = {layer: held_out[depth].yy[layer].sum() for layer in layers[depth]}
 
         def error(weights, depth=depth, power=power) -> dict[int, float]:
@@ -306,7 +302,12 @@ def calibrate(
                 for layer, weight in weights.items()
             }
 
-        errors = {penalty: error(weights[penalty]) for penalty in PENALTIES}
+        errors = {
+            penalty: error(
+                {layer: fitted[depth].solve(layer, own[layer], penalty, spectrum) for layer in layers[depth]}
+            )
+            for penalty in PENALTIES
+        }
         best = min(PENALTIES, key=lambda penalty: sum(errors[penalty].values()))
         everything = fitted[depth] + held_out[depth]
         spectrum = torch.linalg.eigh(everything.xx)

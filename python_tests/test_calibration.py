@@ -195,6 +195,16 @@ def test_chunks_and_turns_do_not_change_what_the_token_before_tells(tiny):
     torch.testing.assert_close(caches[0][0][-1, 1, 1:22].flatten(1), values[:21], rtol=1e-3, atol=1e-4)
 
 
+def test_one_skipped_layer_has_nothing_to_fit(tiny_llama):
+    model = pop_ext.load(tiny_llama, dtype=torch.float32)
+    layers, size = model.spec.num_layers, model.spec.hidden_size
+    projection, features = calibration.calibrate(model, random_windows(4, 50), [layers - 1]).at(layers - 1)
+    own = model.weights.projection[-1:].double()
+    torch.testing.assert_close(
+        (projection / calibration.column_scale(size, len(features)))[..., :size], own, rtol=1e-6, atol=0
+    )
+
+
 def test_full_depth_ignores_the_calibration(tiny_llama, tmp_path):
     model = pop_ext.load(tiny_llama, dtype=torch.float32)
     calibration.calibrate(model, random_windows(4, 50), [2]).save(tmp_path / "c.safetensors")
