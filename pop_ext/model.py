@@ -371,8 +371,9 @@ class Model(GenerationMixin):
         clock = times.add("truncated_prefill", clock)
 
         before = [piece.sequence.last_hidden for piece in pieces]
-        for piece, last in zip(pieces, hidden[batch.query_starts[1:].long() - 1], strict=True):
-            piece.sequence.last_hidden = last
+        if self._features(depth) is not None:
+            for piece, last in zip(pieces, hidden[batch.query_starts[1:].long() - 1], strict=True):
+                piece.sequence.last_hidden = last
         if num_deep < len(token_ids):
             offsets = dict(zip(map(id, pieces), batch.query_starts.tolist(), strict=False))
             deep = torch.cat(
