@@ -21,20 +21,12 @@ from rich.table import Table
 
 import pop_ext
 from pop_ext.calibration import WINDOW, calibrate
-from pop_ext.evaluation import evaluate
+from pop_ext.evaluation import evaluate, time_prefill
 from pop_ext.refinement import refine
 from pop_ext.text import encode, read_text, windows
 
 TOKENS, PROMPTS, PROMPT, CONTINUATION = 50_000, 32, 384, 64
 LONG, ROUNDS = 2048, 9
-
-
-def prefill_seconds(model, depth: int, prompt: list[int]) -> float:
-    sequence = model.new_sequence()
-    try:
-        return model.prefill([sequence], [prompt], prefill_depth=depth)[1].total
-    finally:
-        model.free(sequence)
 
 
 def main() -> None:
@@ -93,7 +85,7 @@ def main() -> None:
     times: list[list[float]] = [[] for _ in variants]
     for _ in range(ROUNDS + 1):
         for entries, (variant, at) in zip(times, variants, strict=True):
-            entries.append(prefill_seconds(variant, at, prompt))
+            entries.append(time_prefill(variant, prompt, [], at))
     for row, entries in zip(rows, times, strict=True):
         row["prefill_ratio"] = median(a / b for a, b in zip(entries[1:], times[0][1:], strict=True))
 

@@ -203,7 +203,7 @@ def evaluate(
     ):  # the first is a warm-up; every prompt passes all methods, so that they share the machine
         for run, (_, _, variant, depth) in enumerate(runs):
             at = max(i, 0)
-            seconds[run, i] = _time_prefill(variant, prompts[at], visuals[at], min(depth, variant.spec.num_layers))
+            seconds[run, i] = time_prefill(variant, prompts[at], visuals[at], min(depth, variant.spec.num_layers))
         done += 1
         progress(done, total)
 
@@ -235,7 +235,8 @@ def _what_full_is() -> str:
     return "the full model is always compared with"
 
 
-def _time_prefill(model: Model, prompt: list[int], images: list[Visual], depth: int) -> float:
+def time_prefill(model: Model, prompt: list[int], images: list[Visual], depth: int) -> float:
+    """Seconds of one prompt's prefill, in a conversation of its own that is forgotten."""
     sequence = model.new_sequence()
     try:
         start = time.perf_counter()
