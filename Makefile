@@ -5,7 +5,7 @@ NATIVE = $(shell find csrc -type f -not -path '*/emulator/*') CMakeLists.txt set
 SMOLLM2 = build/models/smollm2-135m
 SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 
-.PHONY: demo test bench bench-peers bench-kernels seeing lint format sanitize sanitize-emulator cutlass
+.PHONY: demo test bench bench-peers bench-kernels vlm-synthetic lint format sanitize sanitize-emulator cutlass
 
 demo: $(SMOLLM2)
 	@$(BIN)/python bench/demo.py $(SMOLLM2)
@@ -21,9 +21,9 @@ bench-peers: $(SMOLLM2)
 	$(BIN)/python bench/peers.py $(SMOLLM2)
 
 # Two very small vision-language models that see, trained here (some ten minutes the first time), at every prefill depth.
-seeing: .venv/built
+vlm-synthetic: .venv/built
 	@mkdir -p build/models
-	$(BIN)/python bench/seeing.py build/models
+	$(BIN)/python bench/vlm_synthetic.py build/models
 
 # The CUDA kernels' microbenchmark programs, and CUTLASS beside linear: on the GPU where there is one, else on the software device.
 KERNELS = rms_norm linear gated_linear qkv_project attention project_kv cutlass

@@ -27,7 +27,7 @@ def full_pass(folder: Path, tokens: int) -> float:
     import torch
 
     import pop_ext
-    from pop_ext.calibration import BATCH, WINDOW
+    from pop_ext.analysis.calibration import BATCH, WINDOW
 
     model = pop_ext.load(folder)
     windows = torch.randint(model.spec.vocab_size, (tokens // WINDOW, WINDOW)).tolist()

@@ -46,8 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.engines import THREADS  # noqa: E402
-from pop_ext.checkpoint import load_config, resolve_folder  # noqa: E402
-from pop_ext.families import ModelSpec  # noqa: E402
+from pop_ext.checkpoints.families import ModelSpec  # noqa: E402
+from pop_ext.checkpoints.weights import load_config, resolve_folder  # noqa: E402
 
 # Counting
 

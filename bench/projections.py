@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 import pop_ext
-from pop_ext.calibration import WINDOW, calibrate
-from pop_ext.evaluation import evaluate, time_prefill
-from pop_ext.refinement import refine
-from pop_ext.text import encode, read_text, windows
+from pop_ext.analysis.calibration import WINDOW, calibrate
+from pop_ext.analysis.evaluation import evaluate, time_prefill
+from pop_ext.analysis.refinement import refine
+from pop_ext.analysis.text import encode, read_text, windows
 
 TOKENS, PROMPTS, PROMPT, CONTINUATION = 50_000, 32, 384, 64
 LONG, ROUNDS = 2048, 9

@@ -178,7 +178,7 @@ def model_gguf(name: str, folder: Path) -> Path:
 
 def real_model(name: str) -> Path:
     """The folder of a real model, converted from its package on first use; skips where the package is missing."""
-    from pop_ext import checkpoint
+    from pop_ext.checkpoints import weights as checkpoint
 
     models = Path(os.environ.get("POP_MODELS", ROOT / "build" / "models"))
     folder = models / name

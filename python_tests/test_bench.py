@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import prefill  # noqa: E402
 
-from pop_ext.families import ModelSpec  # noqa: E402
+from pop_ext.checkpoints.families import ModelSpec  # noqa: E402
 
 SMOLLM2 = transformers.LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

@@ -15,8 +15,8 @@ from test_cli import pop
 from test_generation import make_chat_folder
 
 import pop_ext
-from pop_ext import calibration, refinement
-from pop_ext import text as texts
+from pop_ext.analysis import calibration, refinement
+from pop_ext.analysis import text as texts
 
 
 def random_windows(count: int, length: int, seed: int = 0, vocabulary: int = 293) -> list[list[int]]:

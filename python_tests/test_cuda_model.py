@@ -8,7 +8,7 @@ from helpers import COMMON, TINY, Tiny, cuda_operations, normwise, real_model
 from test_real_models import text_ids
 
 import pop_ext
-import pop_ext.model
+import pop_ext.runtime.model
 
 # TINY's families in sizes that CUDA takes: multiples of 8, and heads of 32, 64, 128 or 256.
 SIZES = {
@@ -42,7 +42,7 @@ def compare(monkeypatch, folder, prompts, depth, tokens, bound):
     chosen = model.generate(prompts, max_new_tokens=tokens, do_sample=False).tokens
     expected = model.logits(prompts, chosen)
     align(model.weights)
-    monkeypatch.setattr(pop_ext.model, "pop", operations)
+    monkeypatch.setattr(pop_ext.runtime.model, "pop", operations)
     logits = model.logits(prompts, chosen)
     agreed = 0
     for ours, cpu, ids in zip(logits, expected, chosen, strict=True):

@@ -15,7 +15,7 @@ from test_cli import pop
 from test_generation import make_chat_folder
 
 import pop_ext
-from pop_ext import calibration, evaluation, text
+from pop_ext.analysis import calibration, evaluation, text
 
 
 def random_windows(count: int, length: int, seed: int = 0) -> list[list[int]]:

@@ -35,7 +35,7 @@ def load_transformers(folder: str | Path, dtype: torch.dtype = torch.float32) ->
     """A transformers causal language model, or the one within a vision-language model, for measuring."""
     import transformers
 
-    from .checkpoint import resolve_folder
+    from ..checkpoints.weights import resolve_folder
 
     folder = resolve_folder(folder)
     config = transformers.AutoConfig.from_pretrained(folder)

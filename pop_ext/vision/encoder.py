@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checkpoint import CONFIG_LIMIT, CheckpointError, _file, _one_line, _read_json, load_vision_weights
-from .families import ModelSpec, check_number, short
-from .kv_cache import Visual
+from ..checkpoints.families import ModelSpec, check_number, short
+from ..checkpoints.weights import CONFIG_LIMIT, CheckpointError, _file, _one_line, _read_json, load_vision_weights
+from ..runtime.kv_cache import Visual
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -215,7 +215,7 @@ def load_samples(path: str | Path, model) -> tuple[list[list[int]], list[list[in
     The file has a JSON object a line: {"images": [paths, relative to the file], "prompt": text or chat messages,
     "continuation": text}. ValueError names the line that is wrong.
     """
-    from .generation import encode_prompt
+    from ..runtime.generation import encode_prompt
 
     path, prompts, continuations, media = Path(path), [], [], []
     if model.tokenizer is None:

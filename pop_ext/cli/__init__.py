@@ -153,7 +153,7 @@ def generate(
         raise ValueError("--fps is the rate of a video's frames, expected it with --video")
     videos = []
     if video:
-        from pop_ext.vision import read_video
+        from pop_ext.vision.encoder import read_video
 
         videos = [read_video(path, fps) for path in video]
 
@@ -228,7 +228,7 @@ def progress_bar(description: str):
 
 def read_texts(files: list[Path] | None, samples: Path | None) -> str | None:
     """The files' text; None where there are samples in its place."""
-    from pop_ext.text import read_text
+    from pop_ext.analysis.text import read_text
 
     if bool(files) == bool(samples):
         raise ValueError("give either --text FILE or --samples FILE")
@@ -239,7 +239,7 @@ def read_texts(files: list[Path] | None, samples: Path | None) -> str | None:
 
 def encoded_samples(path: Path, model) -> tuple[list, list, list]:
     """Prompts, continuations and the prompts' images, through the vision tower."""
-    from pop_ext import vision
+    from pop_ext.vision import encoder as vision
 
     prompts, continuations, media = vision.load_samples(path, model)
     with progress_bar("vision tower") as report:
@@ -308,8 +308,8 @@ def importance(
     with stderr.status(f"loading {model}"):
         import transformers
 
-        from pop_ext import importance as gates
-        from pop_ext import text as texts
+        from pop_ext.analysis import importance as gates
+        from pop_ext.analysis import text as texts
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -319,7 +319,7 @@ def importance(
     asked_depths = [layers_of(depth, layers) for depth in prefill_depth or []]
     images, counts = None, prompt_tokens
     if samples:
-        from pop_ext import vision
+        from pop_ext.vision import encoder as vision
 
         asked, answers, media = vision.load_samples(samples, load_model(model, DType.float32))
         windows, counts = [a + b for a, b in zip(asked, answers, strict=True)], [len(a) for a in asked]
@@ -418,8 +418,8 @@ def calibrate(
         raise ValueError("--refine works on text, expected it without --samples")
     room = None if text or samples else 32_768  # of the cache: for many samples at a time
     loaded = load_model(model, dtype, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, max_tokens=room)
-    from pop_ext import calibration as calibrations
-    from pop_ext import text as texts
+    from pop_ext.analysis import calibration as calibrations
+    from pop_ext.analysis import text as texts
 
     depths = [loaded.layers_kept(depth) for depth in depths]
     if refine and loaded.vision is not None:
@@ -446,7 +446,7 @@ def calibrate(
         "seconds": time.perf_counter() - sampled,
     }
     if refine:
-        from pop_ext import refinement
+        from pop_ext.analysis import refinement
 
         with progress_bar("refining") as report:
             refinement.refine(loaded, result, windows, refine, state=output, seed=seed, progress=report)
@@ -499,8 +499,8 @@ def evaluate(
     loaded = load_model(
         model, dtype, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, calibration=calibration
     )
-    from pop_ext import evaluation
-    from pop_ext import text as texts
+    from pop_ext.analysis import evaluation
+    from pop_ext.analysis import text as texts
 
     depths = sorted({loaded.layers_kept(parse_depth(depth)) for depth in prefill_depth})
     rows, results = [], []
@@ -569,7 +569,7 @@ def convert(
     with stderr.status(f"converting {gguf.name}"):
         import transformers
 
-        from pop_ext import checkpoint
+        from pop_ext.checkpoints import weights as checkpoint
 
         transformers.utils.logging.disable_progress_bar()
         checkpoint.convert_gguf(gguf, folder)
@@ -592,7 +592,3 @@ def info(
     for name, value in build.items():
         table.add_row(name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
     Console().print(table)
-
-
-if __name__ == "__main__":
-    app()

@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import open_safetensors
-from .kv_cache import BLOCK_SIZE, Visual
+from ..checkpoints.weights import open_safetensors
+from ..runtime.kv_cache import BLOCK_SIZE, Visual
 from .text import write_whole
 
 FORMAT = "pop-calibration-2"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .families import MODEL_FAMILIES, head_size, rope_parameters, text_config
+from ..checkpoints.families import MODEL_FAMILIES, head_size, rope_parameters, text_config
 
 
 class RotaryEmbedding:

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
+from ..checkpoints.weights import open_safetensors
 from .calibration import FEATURE_SCALE, Calibration, CalibrationError, column_scale, normed, split
-from .checkpoint import open_safetensors
 from .text import write_whole
 
 BLOCK = 64  # tokens

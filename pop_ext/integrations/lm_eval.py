@@ -1,4 +1,4 @@
-"""POP in lm-eval: `python -m pop_ext.lm_eval --model pop --model_args pretrained=...,prefill_depth=... --tasks ...`.
+"""POP in lm-eval: `python -m pop_ext.integrations.lm_eval --model pop --model_args pretrained=FOLDER,prefill_depth=20 ...`.
 
 Registers the model "pop" and calls lm-eval's own command line. Needs `pip install pop-ext[lm-eval]`.
 """
@@ -11,8 +11,8 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from .cli import parse_depth
-from .model import load
+from ..cli import parse_depth
+from ..runtime.model import load
 
 
 @register_model("pop")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
-from .kv_cache import BLOCK_SIZE, KVCache, Visual
-from .model import Batch, Model
+from ..runtime.kv_cache import BLOCK_SIZE, KVCache, Visual
+from ..runtime.model import Batch, Model
 
 METHODS = ("full", "pop_own", "pop_calibrated", "last_layers_removed", "shortgpt", "gromov", "speed")
 RESAMPLES = 2000

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..runtime.rope import RotaryEmbedding
 from .families import (
     BOOLEANS,
     INTEGERS,
@@ -36,7 +37,6 @@ from .families import (
     family_of,
     short,
 )
-from .rope import RotaryEmbedding
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG_LIMIT = 8 << 20  # bytes; the largest real ones stay below a tenth of these

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import AutoTokenizer, GenerationConfig
 
-from .calibration import Calibration
-from .checkpoint import CheckpointError, load_config, load_weights, resolve_folder
-from .families import ModelSpec
+from ..analysis.calibration import Calibration
+from ..checkpoints.families import ModelSpec
+from ..checkpoints.weights import CheckpointError, load_config, load_weights, resolve_folder
+from ..vision.encoder import Vision
 from .generation import GenerationMixin
 from .kv_cache import BLOCK_SIZE, KVCache, Sequence, Visual
 from .rope import RotaryEmbedding
-from .vision import Vision
 
 pop = torch.ops.pop
 

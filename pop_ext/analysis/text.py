@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .kv_cache import BLOCK_SIZE
+from ..runtime.kv_cache import BLOCK_SIZE
 
 
 def write_whole(path: Path, write) -> None:
@@ -110,7 +110,7 @@ def load_tokenizer(path: str | Path):
     """The tokenizer of a checkpoint; ValueError if it has none."""
     from transformers import AutoTokenizer
 
-    from .checkpoint import resolve_folder
+    from ..checkpoints.weights import resolve_folder
 
     try:
         return AutoTokenizer.from_pretrained(resolve_folder(path))

@@ -1,6 +1,6 @@
 """Two very small models that see, and what truncated prefill does to them.
 
-python bench/seeing.py FOLDER [--family gemma3] [--json]
+python bench/vlm_synthetic.py FOLDER [--family gemma3] [--json]
 
 Trains a Qwen3-VL-shaped and a Gemma-3-shaped model from nothing on pictures that are drawn on the fly, with fixed seeds
 (checkpoints in FOLDER, once), then asks them about pictures that they have not seen, at every prefill depth. A picture
@@ -334,8 +334,8 @@ class Control:
 
 def calibration_of(model, depths):
     """Projections for these depths, fitted on pictures with a question and its answer, of a seed of their own."""
-    from pop_ext.calibration import calibrate
-    from pop_ext.generation import encode_prompt
+    from pop_ext.analysis.calibration import calibrate
+    from pop_ext.runtime.generation import encode_prompt
 
     rng = random.Random(2_000_003)
     windows, visuals = [], []
@@ -442,9 +442,9 @@ def main() -> int:
     console = Console(stderr=True)
     results = []
     for family in arguments.family or list(SPECIAL):
-        folder = arguments.folder / f"seeing-{family.replace('_', '-')}"
+        folder = arguments.folder / f"vlm-synthetic-{family.replace('_', '-')}"
         if not (folder / "config.json").exists():
-            with tempfile.TemporaryDirectory(dir=arguments.folder, prefix=".seeing-") as temporary:
+            with tempfile.TemporaryDirectory(dir=arguments.folder, prefix=".vlm-synthetic-") as temporary:
                 seconds = train(family, Path(temporary) / "model", arguments.steps, console)
                 (Path(temporary) / "model").rename(folder)
             console.print(f"trained {family} in {seconds / 60:.1f} minutes", highlight=False)

@@ -1,0 +1,1 @@
+"""Checkpoints: a folder's config and weights, and GGUF conversion."""
