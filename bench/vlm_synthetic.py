@@ -351,7 +351,7 @@ def measure(family: str, folder: Path, questions: int, console: Console) -> dict
     """Accuracy and prefill times at every prefill depth, on pictures of another seed than training's."""
     import pop_ext
 
-    model, control = pop_ext.load(folder, max_tokens=BATCH * 128), Control(folder)
+    model, control = pop_ext.load(folder, max_cache_tokens=BATCH * 128), Control(folder)
     rng, layers = random.Random(1_000_003), model.spec.num_layers
     calibrated = copy.copy(model)
     with console.status(f"{family}: calibrating"):

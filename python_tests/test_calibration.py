@@ -35,7 +35,7 @@ def mean_kl(model, windows, prompt: int, depth: int) -> float:
 
 
 def moments_of(layers, x, y):
-    moments = calibration.Moments(layers, x.shape[1], y.shape[1])
+    moments = calibration.NormalEquations(layers, x.shape[1], y.shape[1])
     moments.add_inputs(x.double())
     for layer in layers:
         moments.add_targets(layer, x.double(), y.double())
@@ -74,7 +74,7 @@ def test_features_are_what_the_token_before_tells():
     now, before = torch.randn(900, 20).double(), torch.randn(900, 20).double() + 3
     x = torch.cat([now, before + now @ torch.randn(20, 20).double()], 1)
     y = now @ torch.randn(20, 8).double() + x[:, 20:] @ torch.randn(20, 3).double() @ torch.randn(3, 8).double()
-    moments = calibration.Moments(range(2), 40, 16)
+    moments = calibration.NormalEquations(range(2), 40, 16)
     moments.add_inputs(x)
     for layer in range(2):
         moments.add_targets(layer, x, torch.cat([y * (1 + layer), torch.randn(900, 8).double()], 1))

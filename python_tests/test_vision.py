@@ -923,12 +923,13 @@ def test_sample_commands(pair, samples, tmp_path):
     result = pop("calibrate", pair.folder, *options, "--output", output)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["text"] == ["samples.jsonl"]
-    methods = ("--method", "pop_own", "--method", "pop_calibrated", "--method", "speed", "--method", "shortgpt")
+    names = ("pop_uncalibrated", "pop_calibrated", "speed", "shortgpt")
+    methods = [option for name in names for option in ("--method", name)]
     result = pop("evaluate", pair.folder, *options, "--calibration", output, *methods)
     assert result.exit_code == 0, result.stderr
     kl = {row["method"]: row["kl"] for row in json.loads(result.stdout)}
-    assert kl.keys() == {"full", "pop_own", "pop_calibrated", "speed", "shortgpt"}
-    assert 0 < kl["pop_calibrated"] < kl["pop_own"]
+    assert kl.keys() == {"full", "pop_uncalibrated", "pop_calibrated", "speed", "shortgpt"}
+    assert 0 < kl["pop_calibrated"] < kl["pop_uncalibrated"]
 
 
 def test_refinement_is_refused(pair, samples, tmp_path):

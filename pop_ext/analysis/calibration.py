@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints.weights import open_safetensors
-from ..runtime.kv_cache import BLOCK_SIZE, Visual
-from .text import write_whole
+from ..runtime.kv_cache import BLOCK_SIZE, ImageSpan
+from .text import atomic_write
 
 FORMAT = "pop-calibration-2"
 PENALTIES = tuple(10.0 ** (-k / 2) for k in range(2, 17))  # relative to the mean of the diagonal of X^T X
@@ -81,7 +81,7 @@ class Calibration:
         tensors = {f"projection.{depth}": tensor.contiguous() for depth, tensor in self.projections.items()}
         tensors |= {f"features.{depth}": tensor.contiguous() for depth, tensor in self.features.items()}
         metadata = {"format": FORMAT, "provenance": json.dumps(self.provenance)}
-        write_whole(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+        atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
     def load(cls, path: str | Path, spec, dtype: torch.dtype) -> Calibration:
@@ -121,7 +121,7 @@ def normed(hidden: Tensor, eps: float) -> Tensor:
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
 
 
-class Moments:
+class NormalEquations:
     """X^T X, X^T Y and Y^T Y's diagonal of a stream, in float64; products of one block of rows are float32. X [n, in];
     Y [n, out] for each of `layers`.
     """
@@ -140,16 +140,16 @@ class Moments:
         self.xy[layer] += x.T @ y
         self.yy[layer] += y.double().square().sum(0)
 
-    def __add__(self, other: Moments) -> Moments:
-        total = Moments(range(0), 0, 0)
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        total = NormalEquations(range(0), 0, 0)
         total.xx, total.count = self.xx + other.xx, self.count + other.count
         total.xy = {layer: self.xy[layer] + other.xy[layer] for layer in self.xy}
         total.yy = {layer: self.yy[layer] + other.yy[layer] for layer in self.yy}
         return total
 
-    def of(self, matrix: Tensor) -> Moments:
+    def of(self, matrix: Tensor) -> NormalEquations:
         """The moments of inputs `matrix` x, matrix [m, in]."""
-        result = Moments(range(0), 0, 0)
+        result = NormalEquations(range(0), 0, 0)
         result.xx, result.count = matrix @ self.xx @ matrix.T, self.count
         result.xy, result.yy = {layer: matrix @ xy for layer, xy in self.xy.items()}, self.yy
         return result
@@ -166,7 +166,7 @@ class Moments:
         return (weight * (self.xx @ weight - 2 * self.xy[layer])).sum(0) + self.yy[layer]
 
 
-def features_of(moments: Moments, size: int, rank: int) -> Tensor:
+def features_of(moments: NormalEquations, size: int, rank: int) -> Tensor:
     """A [rank, size] float64 from the moments of inputs [x_t, x_(t-1)], each of `size`: of all A x_(t-1), what with x_t
     predicts the keys of all layers best, each layer's in units of what x_t alone predicts of them.
 
@@ -218,7 +218,7 @@ def _targets(model, layer: int, x: Tensor) -> Tensor:
     return y
 
 
-def _own(model, layer: int, moments: Moments) -> Tensor:
+def _own(model, layer: int, moments: NormalEquations) -> Tensor:
     """The layer's own weights [in, 2 Hkv E] float64, nothing for features; under a K-norm each head's keys at the scale
     that fits best.
     """
@@ -240,7 +240,7 @@ def calibrate(
     depths: list[int],
     *,
     rank: int | None = None,
-    visuals: list[list[Visual]] | None = None,
+    visuals: list[list[ImageSpan]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
     """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens; visuals[i] are the
@@ -264,11 +264,11 @@ def calibrate(
     layers = {depth: range(depth + 1, spec.num_layers) for depth in depths}
     size = spec.hidden_size
     fitted, held_out = (
-        {depth: Moments(layers[depth], (1 + (rank > 0)) * size, rows) for depth in depths} for _ in range(2)
+        {depth: NormalEquations(layers[depth], (1 + (rank > 0)) * size, rows) for depth in depths} for _ in range(2)
     )
     first = max(model.anchor_tokens, rank > 0)  # anchors have true keys and values, and unlike any other token's
     done = 0
-    count = max(1, min(BATCH, model.max_tokens // (max(map(len, windows)) + BLOCK_SIZE)))
+    count = max(1, min(BATCH, model.max_cache_tokens // (max(map(len, windows)) + BLOCK_SIZE)))
     for part, moments in zip(split(pairs), (fitted, held_out), strict=True):
         for start in range(0, len(part), count):
             (batch, images), inputs = zip(*part[start : start + count], strict=True), {}

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
-from ..runtime.kv_cache import BLOCK_SIZE, KVCache, Visual
-from ..runtime.model import Batch, Model
+from ..runtime.kv_cache import BLOCK_SIZE, ImageSpan, KVCache
+from ..runtime.model import ForwardBatch, Model
 
-METHODS = ("full", "pop_own", "pop_calibrated", "last_layers_removed", "shortgpt", "gromov", "speed")
+METHODS = ("full", "pop_uncalibrated", "pop_calibrated", "last_layers_removed", "shortgpt", "gromov", "speed")
 RESAMPLES = 2000
 TIMED_PROMPTS = 8
 
@@ -33,7 +33,7 @@ class Fidelity:
     prefill_depth: int
     perplexity: float  # of the continuations
     kl: float
-    kl_interval: tuple[float, float]  # 95%, bootstrapped over prompts
+    kl_ci95: tuple[float, float]  # 95%, bootstrapped over prompts
     top1_agreement: float  # share of continuation tokens whose likeliest token is the full model's
     first_token_kl: float
     prefill_seconds: float  # of one prompt, the median
@@ -62,11 +62,11 @@ def without_layers(model: Model, removed: range | list[int]) -> Model:
     variant.rope_index = model.rope_index[kept]
     variant.k_norms = None if model.k_norms is None else model.k_norms[kept]
     variant.calibration, variant.prefill_depth = None, 1.0
-    variant.cache = KVCache(len(kept), spec.num_kv_heads, spec.head_dim, model.max_tokens, model.dtype)
+    variant.cache = KVCache(len(kept), spec.num_kv_heads, spec.head_dim, model.max_cache_tokens, model.dtype)
     return variant
 
 
-class DeepTokensOnly(Model):
+class SpeedBaseline(Model):
     """`model` with deep layers that see anchor, boundary and generated tokens only: nothing is projected (the inference
     of SPEED, arXiv 2605.06105, on a model that was not trained for it). One conversation of one turn at a time.
     """
@@ -84,22 +84,22 @@ class DeepTokensOnly(Model):
             self._depth = min(depth, self.spec.num_layers - 1)
         return super()._turn(sequences, prompts, name, depth, times, visuals, deep=deep, all_logits=all_logits)
 
-    def _project(self, depth, hidden, before, batch, slots) -> None:
+    def _project(self, depth, hidden, before, batch, slot_mapping) -> None:
         pass
 
-    def _attention(self, index: int, query: Tensor, batch: Batch) -> Tensor:
+    def _attention(self, index: int, query: Tensor, batch: ForwardBatch) -> Tensor:
         if index < self._depth or not self._hidden:
             return super()._attention(index, query, batch)
         keys, values = (pool.flatten(0, 1) for pool in self.cache.layers[index])
         window, results = self.spec.windows[index], []
-        for run, rows in enumerate(query.split(batch.query_starts.diff().tolist())):
-            end = int(batch.context_lens[run])
+        for run, rows in enumerate(query.split(batch.cu_seqlens_q.diff().tolist())):
+            end = int(batch.seqlens_k[run])
             seen = torch.tensor([i for i in range(end) if i not in self._hidden])
-            slots = batch.block_tables[run, seen // BLOCK_SIZE].long() * BLOCK_SIZE + seen % BLOCK_SIZE
+            slot_mapping = batch.block_tables[run, seen // BLOCK_SIZE].long() * BLOCK_SIZE + seen % BLOCK_SIZE
             distance = torch.arange(end - len(rows), end)[:, None] - seen
             mask = (distance >= 0) & (distance < (window or math.inf))
             result = scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in (rows, keys[slots], values[slots])),
+                *(x.transpose(0, 1)[None] for x in (rows, keys[slot_mapping], values[slot_mapping])),
                 attn_mask=mask,
                 scale=self.spec.attention_scale,
                 enable_gqa=True,
@@ -109,7 +109,7 @@ class DeepTokensOnly(Model):
 
 
 def layer_similarity(
-    model: Model, windows: list[list[int]], visuals: list[list[Visual]] | None = None
+    model: Model, windows: list[list[int]], visuals: list[list[ImageSpan]] | None = None
 ) -> tuple[Tensor, Tensor]:
     """What the layer-removing methods choose by: the block influence [L] of every layer, `1 - E cos(h_l, h_l+1)`
     (ShortGPT, arXiv 2403.03853), and the angular distance [L + 1, L + 1] from h_i to h_j at the windows' last tokens,
@@ -135,7 +135,7 @@ def variants(model: Model, depths: list[int], methods: list[str], prompts: list[
     for depth in depths:
         skipped = layers - depth
         for method in methods:
-            if method == "pop_own":
+            if method == "pop_uncalibrated":
                 found.append((method, depth, own, depth))
             elif method == "pop_calibrated" and model.calibration is not None and depth in model.calibration.depths:
                 found.append((method, depth, model, depth))
@@ -147,7 +147,7 @@ def variants(model: Model, depths: list[int], methods: list[str], prompts: list[
                 first = int(angles.diagonal(skipped).argmin())
                 found.append((method, depth, without_layers(own, range(first, first + skipped)), depth))
             elif method == "speed":
-                found.append((method, depth, DeepTokensOnly(own), depth))
+                found.append((method, depth, SpeedBaseline(own), depth))
     return found
 
 
@@ -159,7 +159,7 @@ def evaluate(
     depths: list[int],
     methods: list[str] | tuple[str, ...] = METHODS,
     *,
-    visuals: list[list[Visual]] | None = None,
+    visuals: list[list[ImageSpan]] | None = None,
     seed: int = 0,
     progress=lambda done, total: None,
 ) -> list[Fidelity]:
@@ -235,7 +235,7 @@ def _what_full_is() -> str:
     return "the full model is always compared with"
 
 
-def time_prefill(model: Model, prompt: list[int], images: list[Visual], depth: int) -> float:
+def time_prefill(model: Model, prompt: list[int], images: list[ImageSpan], depth: int) -> float:
     """Seconds of one prompt's prefill, in a conversation of its own that is forgotten."""
     sequence = model.new_sequence()
     try:
@@ -252,7 +252,9 @@ def interval(values: np.ndarray, resamples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def planted(kind: str, filler: list[list[int]], tokenizer, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
+def synthetic_task(
+    kind: str, filler: list[list[int]], tokenizer, seed: int = 0
+) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts that plant something in `filler` windows, and continuations that need it: kind "retrieval" states a
     number for a name and asks for it at the end, "copying" gives a list of words once and starts it again.
 
@@ -316,7 +318,7 @@ def plot(results: list[Fidelity], path: str | Path, title: str) -> None:
         rows = sorted((r for r in results if r.method == method), key=lambda r: r.prefill_depth)
         if rows:
             kl = np.array([r.kl for r in rows])
-            error = np.abs(np.array([r.kl_interval for r in rows]).T - kl)
+            error = np.abs(np.array([r.kl_ci95 for r in rows]).T - kl)
             times = [r.prefill_seconds / full for r in rows]
             axes.errorbar(times, kl, yerr=error, marker="o", capsize=3, label=method)
             for row, x in zip(rows, times, strict=True):

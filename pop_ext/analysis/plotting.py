@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .text import write_whole
+from .text import atomic_write
 
 
 def figure(rows: int = 1):
@@ -23,4 +23,4 @@ def save(fig, path: str | Path) -> None:
     kind = path.suffix.removeprefix(".")
     if kind not in fig.canvas.get_supported_filetypes():
         raise ValueError(f"{path}: no format for plots, expected a name that ends in .png, .svg or .pdf")
-    write_whole(path, lambda temporary: fig.savefig(temporary, format=kind, dpi=150))
+    atomic_write(path, lambda temporary: fig.savefig(temporary, format=kind, dpi=150))

@@ -24,7 +24,7 @@ from torch.nn.functional import kl_div, linear
 
 from ..checkpoints.weights import open_safetensors
 from .calibration import FEATURE_SCALE, Calibration, CalibrationError, column_scale, normed, split
-from .text import write_whole
+from .text import atomic_write
 
 BLOCK = 64  # tokens
 BATCH = 2  # windows a step
@@ -133,7 +133,7 @@ class _State:
     def save(self, path: Path, key: str) -> None:
         tensors = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
         rest = {"key": key, "step": str(self.step), "best_kl": repr(self.best_kl)}
-        write_whole(path, lambda temporary: save_file(tensors, temporary, rest))
+        atomic_write(path, lambda temporary: save_file(tensors, temporary, rest))
 
     @classmethod
     def load(cls, path: Path, key: str) -> _State | None:

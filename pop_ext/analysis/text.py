@@ -17,7 +17,7 @@ from pathlib import Path
 from ..runtime.kv_cache import BLOCK_SIZE
 
 
-def write_whole(path: Path, write) -> None:
+def atomic_write(path: Path, write) -> None:
     """`write(temporary path)`, which then takes the place of `path`; nothing is left behind if it fails."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)
@@ -133,7 +133,7 @@ def sampled_texts(
     if path.exists():
         return json.loads(read_text(path))
     length = min(512, model.spec.max_position_embeddings)
-    rows = max(1, min(64, model.max_tokens // (-(-length // BLOCK_SIZE) * BLOCK_SIZE)))
+    rows = max(1, min(64, model.max_cache_tokens // (-(-length // BLOCK_SIZE) * BLOCK_SIZE)))
     texts, done = [], 0
     while done < tokens:
         if texts:  # no more than are missing
@@ -146,7 +146,7 @@ def sampled_texts(
         done += sum(map(len, output.tokens))
         progress(min(done, tokens), tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: Path(temporary).write_text(json.dumps(texts), encoding="utf-8"))
+    atomic_write(path, lambda temporary: Path(temporary).write_text(json.dumps(texts), encoding="utf-8"))
     return texts
 
 

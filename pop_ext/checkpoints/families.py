@@ -204,7 +204,9 @@ class ModelSpec:
             raise ValueError(f"head_dim is {head_dim}; rotary embeddings need an even number")
         activation = getattr(config, family.activation, None)
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            raise ValueError(f"{family.activation} is {short(activation)}, expected one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"{family.activation} is {truncated_repr(activation)}, expected one of {', '.join(ACTIVATIONS)}"
+            )
         types = layer_types(config)
         ropes = rope_parameters(config)
         query_scalar = getattr(config, family.query_scalar) if family.query_scalar else head_dim
@@ -239,7 +241,7 @@ def family_of(model_type: str) -> Family:
     """The row of a model_type, for a vision-language one that of its decoder; ValueError lists the supported ones."""
     rows = MODEL_FAMILIES | {name: MODEL_FAMILIES[decoder] for name, decoder in VISION_FAMILIES.items()}
     if not isinstance(model_type, str) or model_type not in rows:
-        raise ValueError(f"model_type is {short(model_type)}; supported: {', '.join(rows)}")
+        raise ValueError(f"model_type is {truncated_repr(model_type)}; supported: {', '.join(rows)}")
     return rows[model_type]
 
 
@@ -260,13 +262,13 @@ def layer_types(config) -> list[str]:
         one = SLIDING if windows == "all" and window is not None else FULL
         same = [one] * config.num_hidden_layers
         if types is not None and types != same:
-            raise ValueError(f"layer_types is {short(types)}; {config.model_type} has {one} in every layer")
+            raise ValueError(f"layer_types is {truncated_repr(types)}; {config.model_type} has {one} in every layer")
         types = same
     if not isinstance(types, list) or len(types) != config.num_hidden_layers:
-        raise ValueError(f"layer_types is {short(types)}, expected a list of {config.num_hidden_layers} names")
+        raise ValueError(f"layer_types is {truncated_repr(types)}, expected a list of {config.num_hidden_layers} names")
     for kind in types:
         if kind not in (FULL, SLIDING):
-            raise ValueError(f"layer_types has {short(kind)}, expected {FULL} or {SLIDING}")
+            raise ValueError(f"layer_types has {truncated_repr(kind)}, expected {FULL} or {SLIDING}")
     if SLIDING in types and window is None:
         raise ValueError(f"layer_types has {SLIDING}, but sliding_window is not set (or use_sliding_window is false)")
     return list(types)
@@ -279,21 +281,23 @@ def rope_parameters(config) -> dict[str | None, dict]:
     """
     family, given = MODEL_FAMILIES[config.model_type], getattr(config, "rope_parameters", None)
     if not isinstance(given, dict):
-        raise ValueError(f"rope_parameters is {short(given)}, expected a table")
+        raise ValueError(f"rope_parameters is {truncated_repr(given)}, expected a table")
     if family.rope_per_layer_type:
         for key in given:
             if key not in (FULL, SLIDING):
-                raise ValueError(f"rope_parameters has {short(key)}, expected a table for each of {FULL}, {SLIDING}")
+                raise ValueError(
+                    f"rope_parameters has {truncated_repr(key)}, expected a table for each of {FULL}, {SLIDING}"
+                )
         found = {kind: given.get(kind) for kind in sorted(set(layer_types(config)))}
     else:
         found = {None: given}
     for kind, parameters in found.items():
         name = f"rope_parameters[{kind!r}]" if kind else "rope_parameters"
         if not isinstance(parameters, dict):
-            raise ValueError(f"{name} is {short(parameters)}, expected a table")
+            raise ValueError(f"{name} is {truncated_repr(parameters)}, expected a table")
         rope_type = parameters.get("rope_type")
         if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
-            raise ValueError(f"{name}: rope_type is {short(rope_type)}; supported: {', '.join(ROPE_TYPES)}")
+            raise ValueError(f"{name}: rope_type is {truncated_repr(rope_type)}; supported: {', '.join(ROPE_TYPES)}")
         for key, value in parameters.items():
             # Checkpoints carry numbers of other types of RoPE along, which are not read. What is in no table may
             # change the positions themselves, as mrope_section does.
@@ -302,14 +306,14 @@ def rope_parameters(config) -> dict[str | None, dict]:
                     check_number(f"{name}: {key}", value, ROPE_NUMBERS[key])
             elif key == "partial_rotary_factor":
                 if value is not None and value != 1:
-                    raise ValueError(f"{name}: partial_rotary_factor is {short(value)}, expected 1")
+                    raise ValueError(f"{name}: partial_rotary_factor is {truncated_repr(value)}, expected 1")
             elif key == "mrope_section" and family.mrope:
                 check_mrope_section(f"{name}: {key}", value, head_size(config) // 2)
             elif key == "mrope_interleaved" and family.mrope:
                 if value is not True:
-                    raise ValueError(f"{name}: mrope_interleaved is {short(value)}, expected true")
+                    raise ValueError(f"{name}: mrope_interleaved is {truncated_repr(value)}, expected true")
             elif key not in ("rope_type", "type", "truncate"):
-                raise ValueError(f"{name}: {short(key)} is not supported")
+                raise ValueError(f"{name}: {truncated_repr(key)} is not supported")
         for key in ROPE_TYPES[rope_type]:
             if parameters.get(key) is None:
                 raise ValueError(f"{name}: {key} is missing for rope_type {rope_type}")
@@ -320,7 +324,9 @@ def check_mrope_section(name: str, value, frequencies: int) -> None:
     """Three counts, of the frequencies that turn with time, height and width."""
     counts = isinstance(value, list) and len(value) == 3 and all(type(count) is int and count >= 0 for count in value)
     if not counts or sum(value) != frequencies:
-        raise ValueError(f"{name} is {short(value)}, expected three counts with the sum {frequencies}, head_dim / 2")
+        raise ValueError(
+            f"{name} is {truncated_repr(value)}, expected three counts with the sum {frequencies}, head_dim / 2"
+        )
 
 
 def check_vision(config) -> None:
@@ -349,7 +355,7 @@ def check_vision(config) -> None:
         raise ValueError(f"out_hidden_size is {vision.out_hidden_size}, expected hidden_size, {text.hidden_size}")
     rope = vision.rope_parameters
     if not isinstance(rope, dict) or rope.get("rope_type") != "axial":
-        raise ValueError(f"vision_config: rope_parameters is {short(rope)}, expected rope_type axial")
+        raise ValueError(f"vision_config: rope_parameters is {truncated_repr(rope)}, expected rope_type axial")
     check_number("vision_config: rope_theta", rope.get("rope_theta"), ROPE_NUMBERS["rope_theta"])
     indexes = vision.deepstack_visual_indexes
     if (
@@ -359,8 +365,8 @@ def check_vision(config) -> None:
         or len(indexes) >= text.num_hidden_layers
     ):
         raise ValueError(
-            f"deepstack_visual_indexes is {short(indexes)}, expected ascending layers of the vision tower, fewer than "
-            f"the decoder's {text.num_hidden_layers} layers"
+            f"deepstack_visual_indexes is {truncated_repr(indexes)}, expected ascending layers of the vision tower, "
+            f"fewer than the decoder's {text.num_hidden_layers} layers"
         )
 
 
@@ -384,25 +390,25 @@ def check_numbers(config: dict) -> None:
             check_number(key, config[key], bounds, integer=key in INTEGERS)
     for key in BOOLEANS:
         if config.get(key) is not None and not isinstance(config[key], bool):
-            raise ValueError(f"{key} is {short(config[key])}, expected true or false")
+            raise ValueError(f"{key} is {truncated_repr(config[key])}, expected true or false")
 
 
 def check_supported(config: dict) -> None:
     for key in UNSUPPORTED:
         if config.get(key):
-            raise ValueError(f"{key} is {short(config[key])}; only models without it are supported")
+            raise ValueError(f"{key} is {truncated_repr(config[key])}; only models without it are supported")
 
 
 def check_number(name: str, value, bounds: tuple[float, float], integer: bool = False) -> None:
     low, high = bounds
     kinds = (int,) if integer else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ValueError(f"{name} is {short(value)}, expected {'an integer' if integer else 'a number'}")
+        raise ValueError(f"{name} is {truncated_repr(value)}, expected {'an integer' if integer else 'a number'}")
     if (isinstance(value, float) and not math.isfinite(value)) or not low <= value <= high:
-        raise ValueError(f"{name} is {short(value)}, expected {low} to {high}")
+        raise ValueError(f"{name} is {truncated_repr(value)}, expected {low} to {high}")
 
 
-def short(value) -> str:
+def truncated_repr(value) -> str:
     """A value for an error message, cut where a hostile file would fill the screen."""
     try:
         text = repr(value)

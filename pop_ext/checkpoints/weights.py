@@ -35,7 +35,7 @@ from .families import (
     check_supported,
     check_vision_numbers,
     family_of,
-    short,
+    truncated_repr,
 )
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -165,20 +165,22 @@ def _vision_language_values(raw: dict) -> dict:
     for key in ("text_config", "vision_config"):
         tables[key] = raw.get(key)
         if not isinstance(tables[key], dict):
-            raise ValueError(f"{key} is {short(tables[key])}, expected a table")
+            raise ValueError(f"{key} is {truncated_repr(tables[key])}, expected a table")
     text, vision = tables["text_config"], tables["vision_config"]
     if text.get("model_type", VISION_FAMILIES[kind]) != VISION_FAMILIES[kind]:
-        raise ValueError(f"text_config: model_type is {short(text['model_type'])}, expected {VISION_FAMILIES[kind]}")
+        raise ValueError(
+            f"text_config: model_type is {truncated_repr(text['model_type'])}, expected {VISION_FAMILIES[kind]}"
+        )
     if not isinstance(raw.get("tie_word_embeddings", False), bool):
-        raise ValueError(f"tie_word_embeddings is {short(raw['tie_word_embeddings'])}, expected true or false")
+        raise ValueError(f"tie_word_embeddings is {truncated_repr(raw['tie_word_embeddings'])}, expected true or false")
     check_vision_numbers(kind, raw, vision)
     _check_scalars("rope_parameters", vision.get("rope_parameters"), depth=1)
     for key in ("model_type", "hidden_act"):
         if not isinstance(vision.get(key, ""), str):
-            raise ValueError(f"vision_config: {key} is {short(vision[key])}, expected a name")
+            raise ValueError(f"vision_config: {key} is {truncated_repr(vision[key])}, expected a name")
     towers = {"gemma3": ("siglip_vision_model",), "qwen3_vl": ("qwen3_vl_vision", "qwen3_vl")}[kind]
     if vision.get("model_type", towers[0]) not in towers:
-        raise ValueError(f"vision_config: model_type is {short(vision['model_type'])}, expected {towers[0]}")
+        raise ValueError(f"vision_config: model_type is {truncated_repr(vision['model_type'])}, expected {towers[0]}")
     special = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
     values = {
         "text_config": special | _text_values(text),
@@ -337,7 +339,9 @@ class _Tensors:
                 for pattern, ours in VISION_NAMES if vision_type else ():
                     name = re.sub(pattern, ours, name)
                 if self.stored.setdefault(name, stored) != stored:
-                    raise CheckpointError(f"{path}: {short(stored)} is {short(self.stored[name])} under another name")
+                    raise CheckpointError(
+                        f"{path}: {truncated_repr(stored)} is {truncated_repr(self.stored[name])} under another name"
+                    )
                 self.files[name] = (path, file)
 
     def check(self, tables: list[dict[str, _Name]], others: tuple[str, ...] = ()) -> None:
@@ -405,14 +409,15 @@ def _weight_files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
     path = _file(folder, INDEX)
     weight_map = _read_json(path, INDEX_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{path}: weight_map is {short(weight_map)}, expected a table")
+        raise CheckpointError(f"{path}: weight_map is {truncated_repr(weight_map)}, expected a table")
     shards: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         # A name and nothing else: no folder, no way out of this one.
         plain = isinstance(shard, str) and len(shard) < 200 and shard.isprintable() and not {"/", "\\"} & set(shard)
         if not plain or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: {short(tensor)} is in {short(shard)}, expected the name of a shard beside it"
+                f"{path}: {truncated_repr(tensor)} is in {truncated_repr(shard)}, "
+                "expected the name of a shard beside it"
             )
         shards.setdefault(shard, set()).add(tensor)
     for shard, names in shards.items():
@@ -475,15 +480,17 @@ def _check_scalars(name: str, value, depth: int) -> None:
     """Tables at most `depth` deep, of strings, numbers, booleans and nulls: what RoPE parameters are made of."""
     if isinstance(value, dict) and depth > 0 and len(value) <= 64:
         for key, item in value.items():
-            _check_scalars(f"{name}[{short(key)}]", item, depth - 1)
+            _check_scalars(f"{name}[{truncated_repr(key)}]", item, depth - 1)
     elif value is not None and not isinstance(value, str | int | float):
-        raise ValueError(f"{name} is {short(value)}, expected a plain value")
+        raise ValueError(f"{name} is {truncated_repr(value)}, expected a plain value")
 
 
 def _some(names: Iterable[str]) -> str:
     """The first names of many, for an error message."""
     names = sorted(names)
-    return ", ".join(short(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(truncated_repr(name) for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ app = typer.Typer(
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-class Planted(str, Enum):
+class SyntheticTask(str, Enum):
     retrieval = "retrieval"
     copying = "copying"
 
@@ -139,7 +139,7 @@ def generate(
         typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.  [default: if it has one]"),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache may hold.")] = None,
+    max_cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache may hold.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="File of `pop calibrate` with this depth.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
@@ -163,7 +163,7 @@ def generate(
         prefill_depth=depth,
         boundary_tokens=boundary_tokens,
         anchor_tokens=anchor_tokens,
-        max_tokens=max_tokens,
+        max_cache_tokens=max_cache_tokens,
         calibration=calibration,
     )
     import transformers
@@ -363,7 +363,7 @@ def importance(
     if plot:
         gates.plot(result, plot, Path(model).name)
     if output:
-        texts.write_whole(output, lambda temporary: Path(temporary).write_text(json.dumps(summary, indent=1) + "\n"))
+        texts.atomic_write(output, lambda temporary: Path(temporary).write_text(json.dumps(summary, indent=1) + "\n"))
     if as_json:
         print(json.dumps(summary))
         return
@@ -417,11 +417,13 @@ def calibrate(
     if samples and refine:
         raise ValueError("--refine works on text, expected it without --samples")
     room = None if text or samples else 32_768  # of the cache: for many samples at a time
-    loaded = load_model(model, dtype, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, max_tokens=room)
+    loaded = load_model(
+        model, dtype, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, max_cache_tokens=room
+    )
     from pop_ext.analysis import calibration as calibrations
     from pop_ext.analysis import text as texts
 
-    depths = [loaded.layers_kept(depth) for depth in depths]
+    depths = [loaded.resolve_prefill_depth(depth) for depth in depths]
     if refine and loaded.vision is not None:
         raise ValueError(f"--refine takes models of text alone, {model} has a vision tower")
     start = time.perf_counter()
@@ -474,8 +476,8 @@ def evaluate(
         list[int], typer.Option(min=2, help="Tokens of each prompt; may be given several times.")
     ] = [384],  # noqa: B006
     continuation_tokens: Continuation = 64,
-    planted: Annotated[
-        Planted | None, typer.Option(help="Plant something in the prompts that the continuations ask for.")
+    synthetic_task: Annotated[
+        SyntheticTask | None, typer.Option(help="Plant something in the prompts that the continuations ask for.")
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="Only this method; may be given several times. By default all.")
@@ -494,24 +496,24 @@ def evaluate(
     """
     check_outputs(plot)
     source = read_texts(text, samples)
-    if samples and planted:
-        raise ValueError("--planted plants in text, expected it without --samples")
+    if samples and synthetic_task:
+        raise ValueError("--synthetic-task plants in text, expected it without --samples")
     loaded = load_model(
         model, dtype, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, calibration=calibration
     )
     from pop_ext.analysis import evaluation
     from pop_ext.analysis import text as texts
 
-    depths = sorted({loaded.layers_kept(parse_depth(depth)) for depth in prefill_depth})
+    depths = sorted({loaded.resolve_prefill_depth(parse_depth(depth)) for depth in prefill_depth})
     rows, results = [], []
     for length in [0] if samples else prompt_tokens:
         visuals = None
         if samples:
             *pairs, visuals = encoded_samples(samples, loaded)
             length = round(sum(map(len, pairs[0])) / len(pairs[0]))
-        elif planted:
+        elif synthetic_task:
             filler = texts.windows(loaded.tokenizer, source, length, prompts)
-            pairs = evaluation.planted(planted.value, filler, loaded.tokenizer, seed)
+            pairs = evaluation.synthetic_task(synthetic_task.value, filler, loaded.tokenizer, seed)
         else:
             windows = texts.windows(loaded.tokenizer, source, length + continuation_tokens, prompts)
             pairs = [w[:length] for w in windows], [w[length:] for w in windows]
@@ -521,19 +523,21 @@ def evaluate(
             )
         rows += [{**row, "prompt_tokens": length} for row in evaluation.to_json(results)]
         if not as_json:
-            what = f"{planted.value}, " if planted else ""
-            Console().print(evaluation_table(results, f"{Path(model).name}, {what}{length} prompt tokens", planted))
+            what = f"{synthetic_task.value}, " if synthetic_task else ""
+            Console().print(
+                evaluation_table(results, f"{Path(model).name}, {what}{length} prompt tokens", synthetic_task)
+            )
     if plot:
         evaluation.plot(results, plot, f"{Path(model).name}, {length} prompt tokens")
     if as_json:
         print(json.dumps(rows))
 
 
-def evaluation_table(results, title: str, planted) -> Table:
+def evaluation_table(results, title: str, synthetic_task) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("depth", "method", "perplexity", "KL, nats a token", "above the best", "top-1", "first-token KL"):
         table.add_column(name, justify="left" if name == "method" else "right")
-    if planted:
+    if synthetic_task:
         table.add_column("all exact", justify="right")
     table.add_column("prefill", justify="right")
     for r in results:
@@ -544,11 +548,11 @@ def evaluation_table(results, title: str, planted) -> Table:
             str(r.prefill_depth),
             r.method,
             f"{r.perplexity:.2f}",
-            f"{r.kl:.4f} ({r.kl_interval[0]:.4f} to {r.kl_interval[1]:.4f})",
+            f"{r.kl:.4f} ({r.kl_ci95[0]:.4f} to {r.kl_ci95[1]:.4f})",
             excess,
             f"{r.top1_agreement:.1%}",
             f"{r.first_token_kl:.4f}",
-            *([f"{r.exact_answers:.0%}"] if planted else []),
+            *([f"{r.exact_answers:.0%}"] if synthetic_task else []),
             f"{r.prefill_seconds:.3f} s",
         )
     return table

@@ -1,4 +1,4 @@
-"""POP in lm-eval: `python -m pop_ext.integrations.lm_eval --model pop --model_args pretrained=FOLDER,prefill_depth=20 ...`.
+"""POP in lm-eval: `python -m pop_ext.integrations.lm_eval --model pop --model_args pretrained=FOLDER,...`.
 
 Registers the model "pop" and calls lm-eval's own command line. Needs `pip install pop-ext[lm-eval]`.
 """
@@ -30,7 +30,7 @@ class POP(TemplateLM):
         anchor_tokens: int = 1,
         dtype: str = "bfloat16",
         max_gen_toks: int = 256,
-        max_tokens: int | None = None,
+        max_cache_tokens: int | None = None,
         # lm-eval passes these three to every model; not used, as a context runs at a time, where the model is
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -45,13 +45,13 @@ class POP(TemplateLM):
             boundary_tokens,
             anchor_tokens,
             getattr(torch, dtype),
-            max_tokens,
+            max_cache_tokens,
             calibration,
         )
         if self.model.tokenizer is None:
             raise ValueError(f"{pretrained} has no tokenizer: text cannot be turned into tokens")
         self.tokenizer, self.max_gen_toks = self.model.tokenizer, max_gen_toks
-        self.max_length = min(self.model.spec.max_position_embeddings, self.model.max_tokens)
+        self.max_length = min(self.model.spec.max_position_embeddings, self.model.max_cache_tokens)
 
     @property
     def eot_token_id(self) -> int:

@@ -14,7 +14,7 @@ class CacheFullError(RuntimeError):
 
 
 @dataclass(eq=False)
-class Visual:
+class ImageSpan:
     """The tokens [start, end) of an image, of one of its crops, or of one temporal patch of a video.
 
     grid: rows and columns of the tokens, where positions have three axes (multimodal RoPE); else None.
@@ -45,10 +45,10 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     num_cached: int = 0
     blocks: list[int] = field(default_factory=list)
-    visuals: list[Visual] = field(default_factory=list)  # in order
+    visuals: list[ImageSpan] = field(default_factory=list)  # in order
     last_hidden: torch.Tensor | None = None  # h[P] of the last token, while a turn takes several forward passes
 
-    def add(self, visual: Visual) -> None:
+    def add(self, visual: ImageSpan) -> None:
         visual.position = visual.start + (self.visuals[-1].shift if self.visuals else 0)
         self.visuals.append(visual)
 
@@ -72,14 +72,14 @@ class Sequence:
 
 
 class KVCache:
-    """Keys and values of up to `max_tokens` tokens, rounded up to blocks of `BLOCK_SIZE`, shared by all sequences.
+    """Keys and values of up to `max_cache_tokens` tokens, rounded up to whole blocks, shared by all sequences.
 
     data: [layers, 2, blocks, BLOCK_SIZE, kv_heads, head_dim]. A sequence takes blocks as it grows and gives them back
     when it is freed. On the CPU the operating system backs the pool with memory only where it is written.
     """
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: torch.dtype):
-        num_blocks = -(-max_tokens // BLOCK_SIZE)
+    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, max_cache_tokens: int, dtype: torch.dtype):
+        num_blocks = -(-max_cache_tokens // BLOCK_SIZE)
         self.data = torch.empty(num_layers, 2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim, dtype=dtype)
         self.keys, self.values = self.data.unbind(1)  # [layers, blocks, BLOCK_SIZE, kv_heads, head_dim]
         self.layers = list(zip(self.keys, self.values, strict=True))
@@ -95,7 +95,7 @@ class KVCache:
             raise CacheFullError(
                 f"the key/value cache is full: {sum(counts)} more blocks of {BLOCK_SIZE} tokens are needed, "
                 f"{len(self.free_blocks)} of {self.num_blocks} are free; free a conversation, or load the model with "
-                f"max_tokens of at least {(self.num_blocks - len(self.free_blocks) + sum(counts)) * BLOCK_SIZE}"
+                f"max_cache_tokens of at least {(self.num_blocks - len(self.free_blocks) + sum(counts)) * BLOCK_SIZE}"
             )
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.blocks += [self.free_blocks.pop() for _ in range(count)]

@@ -26,12 +26,12 @@ from ..checkpoints.families import ModelSpec
 from ..checkpoints.weights import CheckpointError, load_config, load_weights, resolve_folder
 from ..vision.encoder import Vision
 from .generation import GenerationMixin
-from .kv_cache import BLOCK_SIZE, KVCache, Sequence, Visual
+from .kv_cache import BLOCK_SIZE, ImageSpan, KVCache, Sequence
 from .rope import RotaryEmbedding
 
 pop = torch.ops.pop
 
-DEFAULT_MAX_TOKENS = 32768  # of the cache, where the model's own context is longer
+DEFAULT_MAX_CACHE_TOKENS = 32768  # of the cache, where the model's own context is longer
 
 
 @dataclass
@@ -54,7 +54,7 @@ class StageTimes:
 
 
 @dataclass
-class Piece:
+class SequenceChunk:
     """Tokens [start, end) of one sequence in a forward pass; those in [shallow_start, shallow_end) are not deep."""
 
     sequence: Sequence
@@ -70,7 +70,7 @@ class Piece:
         return [(start, end) for start, end in runs if start < end]
 
 
-class Batch:
+class ForwardBatch:
     """What the layers need to know of the tokens in a forward pass: how they turn (RoPE), where they are written, what
     they may see.
     """
@@ -80,17 +80,17 @@ class Batch:
         tables = [sequence.blocks[: -(-end // BLOCK_SIZE)] for sequence, _, end in runs]
         width = max(map(len, tables))
         self.block_tables = torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32)
-        self.query_starts = torch.tensor([0, *accumulate(end - start for _, start, end in runs)], dtype=torch.int32)
-        self.context_lens = torch.tensor([end for _, _, end in runs], dtype=torch.int32)
-        self.max_query_len = max(end - start for _, start, end in runs)
-        self.max_context_len = max(end for _, _, end in runs)
+        self.cu_seqlens_q = torch.tensor([0, *accumulate(end - start for _, start, end in runs)], dtype=torch.int32)
+        self.seqlens_k = torch.tensor([end for _, _, end in runs], dtype=torch.int32)
+        self.max_seqlen_q = max(end - start for _, start, end in runs)
+        self.max_seqlen_k = max(end for _, _, end in runs)
         positions = torch.cat([torch.arange(start, end) for _, start, end in runs])
-        run = torch.repeat_interleave(self.query_starts.diff())
-        self.slots = self.block_tables[run, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        run = torch.repeat_interleave(self.cu_seqlens_q.diff())
+        self.slot_mapping = self.block_tables[run, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
         if rope.axes is not None and any(sequence.visuals for sequence, _, _ in runs):
             positions = torch.cat([sequence.positions(start, end) for sequence, start, end in runs], dim=1)
         self.cos, self.sin = rope(positions)  # [ropes, T, E / 2]
-        self.spans = _spans(runs, self.max_context_len) if bidirectional_images else None
+        self.spans = _spans(runs, self.max_seqlen_k) if bidirectional_images else None
         self.visual_rows, self.visual_features = _visual_rows(runs)
         self.angles = list(zip(self.cos, self.sin, strict=True))
 
@@ -124,13 +124,13 @@ class Model(GenerationMixin):
         boundary_tokens: int,
         anchor_tokens: int,
         dtype: torch.dtype,
-        max_tokens: int | None,
+        max_cache_tokens: int | None,
         calibration: str | Path | None = None,
     ):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
-        if max_tokens is not None:
-            _check_count("max_tokens", max_tokens, 1)
+        if max_cache_tokens is not None:
+            _check_count("max_cache_tokens", max_cache_tokens, 1)
         self.folder = folder
         self.config = load_config(folder)
         self.spec = ModelSpec.from_config(self.config)
@@ -138,9 +138,9 @@ class Model(GenerationMixin):
         self.boundary_tokens, self.anchor_tokens, self.chunk_tokens = boundary_tokens, anchor_tokens, 2048
         self._check_settings()
         self.calibration = None if calibration is None else Calibration.load(calibration, self.spec, dtype)
-        self.layers_kept(prefill_depth)
+        self.resolve_prefill_depth(prefill_depth)
         self.dtype, self.device = dtype, torch.device("cpu")
-        self.max_tokens = max_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_TOKENS)
+        self.max_cache_tokens = max_cache_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_CACHE_TOKENS)
         self.weights = load_weights(folder, self.spec, dtype)
         self.rope = RotaryEmbedding(self.config)
         self.rope_index = torch.tensor(self.spec.rope_index, dtype=torch.int32)
@@ -151,7 +151,9 @@ class Model(GenerationMixin):
         self.tokenizer = _load_tokenizer(folder)
         self.vision = Vision(folder, self.config, self.spec, dtype) if self.spec.vision_type else None
         self.generation_config = _load_generation_config(folder, self.config)
-        self.cache = KVCache(self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, self.max_tokens, dtype)
+        self.cache = KVCache(
+            self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, self.max_cache_tokens, dtype
+        )
 
     # Conversations
 
@@ -173,7 +175,7 @@ class Model(GenerationMixin):
             state = "was freed" if sequence.cache is None else "is a sequence of another model"
             raise ValueError(f"{name} {state}, expected a conversation of this model")
 
-    def layers_kept(self, prefill_depth=None) -> int:
+    def resolve_prefill_depth(self, prefill_depth=None) -> int:
         """The prefill depth P in layers: of an int itself, of a float the nearest share of all layers; None is the
         model's own.
         """
@@ -213,7 +215,7 @@ class Model(GenerationMixin):
         sequences: list[Sequence],
         prompts: list[list[int]],
         *,
-        visuals: list[list[Visual]] | None = None,
+        visuals: list[list[ImageSpan]] | None = None,
         prefill_depth=None,
     ) -> tuple[Tensor, StageTimes]:
         """A turn: appends prompts[i] to sequences[i] and runs every token that is not in the cache yet.
@@ -225,7 +227,9 @@ class Model(GenerationMixin):
         full.
         """
         times = StageTimes()
-        return self._turn(sequences, prompts, "prompts", self.layers_kept(prefill_depth), times, visuals), times
+        return self._turn(
+            sequences, prompts, "prompts", self.resolve_prefill_depth(prefill_depth), times, visuals
+        ), times
 
     @torch.no_grad()
     def decode(self, sequences: list[Sequence], token_ids: list[int]) -> Tensor:
@@ -243,7 +247,7 @@ class Model(GenerationMixin):
         prompts: list[list[int]],
         continuations: list[list[int]],
         *,
-        visuals: list[list[Visual]] | None = None,
+        visuals: list[list[ImageSpan]] | None = None,
         prefill_depth=None,
     ) -> list[Tensor]:
         """Teacher-forced logits: for each pair, the [c, vocabulary] float32 logits that predict its c continuation
@@ -252,7 +256,7 @@ class Model(GenerationMixin):
         Prompts, with `visuals` as in `prefill`, are prefilled by POP at `prefill_depth`, one that follows its equal not
         again; continuations are decoded at full depth.
         """
-        depth = self.layers_kept(prefill_depth)
+        depth = self.resolve_prefill_depth(prefill_depth)
         _check_token_lists("prompts", prompts, self.spec.vocab_size)
         _check_token_lists("continuations", continuations, self.spec.vocab_size, least=0)
         if len(prompts) != len(continuations):
@@ -286,7 +290,7 @@ class Model(GenerationMixin):
         return results
 
     @torch.no_grad()
-    def hidden_states(self, prompts: list[list[int]], visuals: list[list[Visual]] | None = None) -> Iterator[Tensor]:
+    def hidden_states(self, prompts: list[list[int]], visuals: list[list[ImageSpan]] | None = None) -> Iterator[Tensor]:
         """The hidden states [T, D] of all tokens of `prompts`, one prompt after the other, at full depth: before each
         layer, and after the last, L + 1 in turn. Each prompt, with `visuals` as in `prefill`, is a conversation of its
         own, and forgotten.
@@ -299,7 +303,7 @@ class Model(GenerationMixin):
         try:
             self.cache.grow(sequences, [len(prompt) for prompt in prompts])
             runs = [(sequence, 0, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
-            batch = Batch(runs, self.rope, self.spec.bidirectional_images)
+            batch = ForwardBatch(runs, self.rope, self.spec.bidirectional_images)
             hidden = self._embed([token for prompt in prompts for token in prompt], batch)
             for layer in range(self.spec.num_layers):
                 yield hidden
@@ -342,7 +346,9 @@ class Model(GenerationMixin):
                 if self._features(depth) is not None:  # no token's, where the one before it is not of this turn
                     anchors = max(anchors, sequence.num_cached + 1)
                 shallow = (max(length, anchors), end - self.boundary_tokens) if not deep else (end, end)
-                pieces.append(Piece(sequence, sequence.num_cached, end, *shallow, length if all_logits else end - 1))
+                pieces.append(
+                    SequenceChunk(sequence, sequence.num_cached, end, *shallow, length if all_logits else end - 1)
+                )
             chunks = _chunks(pieces, self.chunk_tokens, self.spec.bidirectional_images)
             logits = [self._forward(chunk, depth, times) for chunk in chunks]
         except BaseException:
@@ -355,7 +361,7 @@ class Model(GenerationMixin):
                 visual.features = None
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
-    def _forward(self, pieces: list[Piece], depth: int, times: StageTimes) -> Tensor:
+    def _forward(self, pieces: list[SequenceChunk], depth: int, times: StageTimes) -> Tensor:
         """One pass over the tokens of `pieces`; returns the logits wanted of them, [rows, vocabulary] float32."""
         clock = time.perf_counter()
         spec, weights = self.spec, self.weights
@@ -364,7 +370,7 @@ class Model(GenerationMixin):
         deep_runs = [(p, start, end) for p in pieces for start, end in p.deep_runs()]
         num_deep = sum(end - start for _, start, end in deep_runs)
 
-        batch = Batch([(p.sequence, p.start, p.end) for p in pieces], self.rope, spec.bidirectional_images)
+        batch = ForwardBatch([(p.sequence, p.start, p.end) for p in pieces], self.rope, spec.bidirectional_images)
         hidden = self._embed(token_ids, batch)
         for layer in range(depth):
             hidden = self._add_visual(layer, self._layer(layer, hidden, batch), batch)
@@ -372,20 +378,20 @@ class Model(GenerationMixin):
 
         before = [piece.sequence.last_hidden for piece in pieces]
         if self._features(depth) is not None:
-            for piece, last in zip(pieces, hidden[batch.query_starts[1:].long() - 1], strict=True):
+            for piece, last in zip(pieces, hidden[batch.cu_seqlens_q[1:].long() - 1], strict=True):
                 piece.sequence.last_hidden = last
         if num_deep < len(token_ids):
-            offsets = dict(zip(map(id, pieces), batch.query_starts.tolist(), strict=False))
+            offsets = dict(zip(map(id, pieces), batch.cu_seqlens_q.tolist(), strict=False))
             deep = torch.cat(
                 [torch.arange(start, end) + (offsets[id(p)] - p.start) for p, start, end in deep_runs]
                 or [torch.empty(0).long()]
             )
-            self._project(depth, hidden, before, batch, batch.slots.index_fill(0, deep, -1))
+            self._project(depth, hidden, before, batch, batch.slot_mapping.index_fill(0, deep, -1))
             clock = times.add("projection", clock)
             if not deep_runs:
                 return torch.empty(0, spec.vocab_size)
             runs = [(p.sequence, start, end) for p, start, end in deep_runs]
-            hidden, batch = hidden[deep], Batch(runs, self.rope, spec.bidirectional_images)
+            hidden, batch = hidden[deep], ForwardBatch(runs, self.rope, spec.bidirectional_images)
 
         for layer in range(depth, spec.num_layers):
             hidden = self._layer(layer, hidden, batch)
@@ -405,7 +411,9 @@ class Model(GenerationMixin):
         features = self.calibration.at(depth)[1]
         return features if len(features) else None
 
-    def _project(self, depth: int, hidden: Tensor, before: list[Tensor | None], batch: Batch, slots: Tensor) -> None:
+    def _project(
+        self, depth: int, hidden: Tensor, before: list[Tensor | None], batch: ForwardBatch, slot_mapping: Tensor
+    ) -> None:
         """Keys and values of the layers from `depth` up, projected from hidden [T, D] and the hidden state [D] before
         each run of tokens (None where its first is deep), to the cache.
         """
@@ -415,7 +423,7 @@ class Model(GenerationMixin):
             rows = torch.stack([hidden[0] if row is None else row for row in before])
             x = pop.rms_norm(torch.cat([rows, hidden]), self._no_gain, self.spec.rms_norm_eps)
             previous = torch.arange(len(rows) - 1, len(x) - 1)
-            previous[batch.query_starts[:-1].long()] = torch.arange(len(rows))
+            previous[batch.cu_seqlens_q[:-1].long()] = torch.arange(len(rows))
             hidden = torch.cat([x[len(rows) :], pop.linear(x, features)[previous]], 1)
         pop.project_kv(
             hidden,
@@ -426,12 +434,12 @@ class Model(GenerationMixin):
             batch.cos,
             batch.sin,
             self.rope_index[depth:],
-            slots,
+            slot_mapping,
             self.cache.keys[depth:],
             self.cache.values[depth:],
         )
 
-    def _embed(self, token_ids: list[int], batch: Batch) -> Tensor:
+    def _embed(self, token_ids: list[int], batch: ForwardBatch) -> Tensor:
         """The hidden states [T, D] before layer 0: embeddings, and for the tokens of images their features."""
         hidden = embedding(torch.tensor(token_ids), self.weights.embedding)
         if self.spec.embedding_scale != 1:
@@ -440,20 +448,22 @@ class Model(GenerationMixin):
             hidden[batch.visual_rows] = batch.visual_features[0]
         return hidden
 
-    def _add_visual(self, index: int, hidden: Tensor, batch: Batch) -> Tensor:
+    def _add_visual(self, index: int, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """DeepStack (arXiv 2406.04334): visual features added, in place, after layer `index`, if it is of the first."""
         if batch.visual_features is not None and index + 1 < len(batch.visual_features):
             hidden[batch.visual_rows] += batch.visual_features[index + 1]
         return hidden
 
-    def _layer(self, index: int, hidden: Tensor, batch: Batch) -> Tensor:
+    def _layer(self, index: int, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """hidden [T, D] before layer `index` -> after it; the tokens' keys and values go to the cache."""
         spec, w = self.spec, self.weights.layers[index]
         eps = spec.rms_norm_eps
         cos, sin = batch.angles[spec.rope_index[index]]
         keys, values = self.cache.layers[index]
         x = pop.rms_norm(hidden, w.input_norm, eps)
-        query = pop.qkv_project(x, w.qkv, w.qkv_bias, w.q_norm, w.k_norm, eps, cos, sin, batch.slots, keys, values)
+        query = pop.qkv_project(
+            x, w.qkv, w.qkv_bias, w.q_norm, w.k_norm, eps, cos, sin, batch.slot_mapping, keys, values
+        )
         x = self._attention(index, query, batch).flatten(1)
         if spec.sandwich_norms:
             hidden = pop.rms_norm(pop.linear(x, w.output, w.output_bias), w.post_attention_norm, eps, hidden)
@@ -463,16 +473,16 @@ class Model(GenerationMixin):
         x = pop.gated_linear(pop.rms_norm(hidden, w.mlp_norm, eps), w.gate_up, spec.activation)
         return pop.linear(x, w.down, None, hidden)
 
-    def _attention(self, index: int, query: Tensor, batch: Batch) -> Tensor:
+    def _attention(self, index: int, query: Tensor, batch: ForwardBatch) -> Tensor:
         """query [T, Hq, E] -> what it attends to in the cache of layer `index`, [T, Hq, E]."""
         return pop.attention(
             query,
             *self.cache.layers[index],
             batch.block_tables,
-            batch.query_starts,
-            batch.context_lens,
-            batch.max_query_len,
-            batch.max_context_len,
+            batch.cu_seqlens_q,
+            batch.seqlens_k,
+            batch.max_seqlen_q,
+            batch.max_seqlen_k,
             self.spec.attention_scale,
             self.spec.windows[index],
             batch.spans,
@@ -499,7 +509,7 @@ class Model(GenerationMixin):
             raise ValueError("sequences has the same conversation twice, expected different ones")
 
 
-def _chunks(pieces: list[Piece], size: int, whole_images: bool) -> Iterator[list[Piece]]:
+def _chunks(pieces: list[SequenceChunk], size: int, whole_images: bool) -> Iterator[list[SequenceChunk]]:
     """Cuts pieces into forward passes of at most `size` tokens, or with `whole_images` of one larger image."""
     chunk, room = [], size
     for piece in pieces:
@@ -537,7 +547,7 @@ def _visual_rows(runs: list[tuple[Sequence, int, int]]) -> tuple[Tensor | None, 
     return (torch.cat(rows), torch.cat(features, dim=1)) if rows else (None, None)
 
 
-def _check_visuals(visuals, prompts, spec: ModelSpec, depth: int | None = None) -> list[list[Visual]]:
+def _check_visuals(visuals, prompts, spec: ModelSpec, depth: int | None = None) -> list[list[ImageSpan]]:
     """A list of images for each prompt. ValueError unless they lie in their prompts in order, for this model, and the
     prefill depth is enough for them.
     """
@@ -615,7 +625,7 @@ def load(
     boundary_tokens: int = 1,
     anchor_tokens: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    max_tokens: int | None = None,
+    max_cache_tokens: int | None = None,
     calibration: str | Path | None = None,
 ) -> Model:
     """Loads a checkpoint folder, or a Hugging Face hub id, for POP.
@@ -624,8 +634,10 @@ def load(
     one layer, 1.0 all).
     boundary_tokens: how many of each turn's last prompt tokens go through all layers. anchor_tokens: how many of the
     sequence's first.
-    dtype: torch.bfloat16 or torch.float32. max_tokens: capacity of the key/value cache over all conversations, by
+    dtype: torch.bfloat16 or torch.float32. max_cache_tokens: capacity of the key/value cache over all conversations, by
     default the model's context or 32,768, whichever is less.
     calibration: a file of `pop calibrate`, made for this model and every depth below L - 1 that is asked for.
     """
-    return Model(resolve_folder(path), prefill_depth, boundary_tokens, anchor_tokens, dtype, max_tokens, calibration)
+    return Model(
+        resolve_folder(path), prefill_depth, boundary_tokens, anchor_tokens, dtype, max_cache_tokens, calibration
+    )

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checkpoints.families import ModelSpec, check_number, short
+from ..checkpoints.families import ModelSpec, check_number, truncated_repr
 from ..checkpoints.weights import CONFIG_LIMIT, CheckpointError, _file, _one_line, _read_json, load_vision_weights
-from ..runtime.kv_cache import Visual
+from ..runtime.kv_cache import ImageSpan
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -194,8 +194,8 @@ class Vision:
         return _patches(frames, self.video_settings, name), _patch_times(len(frames), fps, self.video_settings)
 
     @torch.no_grad()
-    def encode(self, media: Media) -> list[Visual]:
-        """Runs the vision tower: a Visual for each of its spans, features [1 + d, tokens, D] in the model's dtype."""
+    def encode(self, media: Media) -> list[ImageSpan]:
+        """Runs the vision tower: an ImageSpan for each of its spans, features [1 + d, tokens, D] in `dtype`."""
         pixels = media.pixel_values.to(self.dtype)
         if self.is_gemma:
             hidden = self.modules["vision_tower"](pixel_values=pixels).last_hidden_state
@@ -206,7 +206,7 @@ class Vision:
             output = self.modules["visual"](pixels, grid_thw=torch.tensor([media.grid_thw]))
             features = torch.stack([output.pooler_output, *output.deepstack_features])
             parts, grid = features.unflatten(1, (time, -1)).transpose(0, 1), (rows // merge, columns // merge)
-        return [Visual(*span, grid, part) for span, part in zip(media.spans, parts, strict=True)]
+        return [ImageSpan(*span, grid, part) for span, part in zip(media.spans, parts, strict=True)]
 
 
 def load_samples(path: str | Path, model) -> tuple[list[list[int]], list[list[int]], list[list[Media]]]:
@@ -230,7 +230,9 @@ def load_samples(path: str | Path, model) -> tuple[list[list[int]], list[list[in
             raise ValueError(f"{name}: not JSON: {_one_line(error)}") from error
         keys = {"images": list, "prompt": (str, list), "continuation": str}
         if not isinstance(sample, dict) or any(not isinstance(sample.get(key), kind) for key, kind in keys.items()):
-            raise ValueError(f"{name}: {short(sample)}, expected an object with images (list), prompt, continuation")
+            raise ValueError(
+                f"{name}: {truncated_repr(sample)}, expected an object with images (list), prompt, continuation"
+            )
         images = [path.parent / image if isinstance(image, str) else image for image in sample["images"]]
         prompt, pictures = encode_prompt(model, sample["prompt"], name, [], images)
         continuation = model.tokenizer(sample["continuation"], add_special_tokens=False).input_ids
@@ -431,10 +433,10 @@ def _load_image_processor(folder: Path, config, is_gemma: bool):
                 check_number(f"size.{key}", getattr(size, key), PROCESSED_PIXELS, integer=True)
         for key, (found, wanted) in expected.items():
             if found != wanted:
-                raise ValueError(f"{key} is {short(found)}, expected {wanted} by config.json")
+                raise ValueError(f"{key} is {truncated_repr(found)}, expected {wanted} by config.json")
         for key in ("do_resize", "do_rescale", "do_normalize"):
             if getattr(processor, key) is not True:
-                raise ValueError(f"{key} is {short(getattr(processor, key))}, expected true")
+                raise ValueError(f"{key} is {truncated_repr(getattr(processor, key))}, expected true")
         check_number("rescale_factor", processor.rescale_factor, (1e-6, 1.0))
         for key in ("image_mean", "image_std"):
             _check_channels(key, getattr(processor, key))
@@ -468,7 +470,7 @@ def _load_video_settings(folder: Path, config) -> dict:
         settings |= {key: given[key] for key in settings if given.get(key) is not None}
         for key, value in expected.items():
             if settings[key] != value:
-                raise ValueError(f"{key} is {short(settings[key])}, expected {value} by config.json")
+                raise ValueError(f"{key} is {truncated_repr(settings[key])}, expected {value} by config.json")
         for key in ("shortest_edge", "longest_edge"):
             check_number(f"size.{key}", settings["size"].get(key), PROCESSED_PIXELS, integer=True)
         check_number("rescale_factor", settings["rescale_factor"], (1e-6, 1.0))
@@ -481,6 +483,6 @@ def _load_video_settings(folder: Path, config) -> dict:
 
 def _check_channels(name: str, value) -> None:
     if not isinstance(value, list | tuple) or len(value) != 3:
-        raise ValueError(f"{name} is {short(value)}, expected three numbers")
+        raise ValueError(f"{name} is {truncated_repr(value)}, expected three numbers")
     for number in value:
         check_number(name, number, (1e-6, 1e3) if name == "image_std" else (-1e3, 1e3))
