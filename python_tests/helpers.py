@@ -222,7 +222,9 @@ def cuda_operations():
     """torch.ops.pop's CUDA kernels for CPU tensors: on the GPU where there is one, else on the software device; skips
     where they were not built.
     """
-    from pop_ext import emulator, ops
+    import ptx_emulator as emulator
+
+    from pop_ext import ops
 
     if not ops.CUDA_LIBRARY.exists():
         pytest.skip(f"{ops.CUDA_LIBRARY} is not there: pop_ext was built without nvcc or the package nvidia-cutlass")

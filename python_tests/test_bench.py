@@ -128,7 +128,7 @@ KERNELS = "rms_norm", "linear", "gated_linear", "qkv_project", "attention", "pro
 @pytest.fixture(scope="module")
 def run_kernel():
     """Runs one of the programs, which are built with what pip built, and returns the finished process."""
-    from pop_ext import emulator
+    import ptx_emulator as emulator
 
     try:
         device = emulator.library_path()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import zlib
 
+import ptx_emulator as emulator
 import pytest
 import reference_ops
 import test_ops
@@ -41,7 +42,6 @@ from test_ops import (
 )
 
 import pop_ext.ops
-from pop_ext import emulator
 
 BOUND = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 C = 0.05  # c for one multiplication

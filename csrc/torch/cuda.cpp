@@ -1,6 +1,6 @@
 // The operations on CUDA tensors: libpop_cuda.so, which Python loads only where there is a CUDA runtime.
 //
-// On the software CUDA device the runtime is csrc/emulator's, and tensors are the CPU's: device memory is host memory.
+// On the software CUDA device the runtime is tools/ptx-emulator/src's, and tensors are the CPU's: device memory is host memory.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

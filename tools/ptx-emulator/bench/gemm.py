@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 
-from pop_ext import emulator
+import ptx_emulator as emulator
 
 SOURCE = pathlib.Path(__file__).resolve().parents[1] / "python_tests" / "emulator" / "cutlass_gemm.cu"
 

@@ -5,7 +5,7 @@
 
 Arguments are numbers, numpy arrays and CPU tensors; the device's memory is the host's, so kernels write into those.
 
-`python -m pop_ext.emulator PROGRAM` runs a compiled program on it, and reports.
+`python -m ptx_emulator PROGRAM` runs a compiled program on it, and reports.
 """
 
 import contextlib
@@ -39,12 +39,10 @@ def library_path() -> pathlib.Path:
     """The folder with the device's libcudart.so.13: for LD_LIBRARY_PATH, to run any program on it."""
     if folder := os.environ.get("POP_EMULATOR_PATH"):
         return pathlib.Path(folder)
-    here = pathlib.Path(__file__).resolve().parent
-    candidates = [here / "emulator_lib", here.parent / "build" / "emulator" / "lib"]
-    for folder in candidates:
-        if (folder / "libcudart.so.13").exists():
-            return folder
-    raise FileNotFoundError(f"no libcudart.so.13 of the software device in {' or '.join(map(str, candidates))}")
+    folder = pathlib.Path(__file__).resolve().parents[3] / "build" / "emulator" / "lib"
+    if (folder / "libcudart.so.13").exists():
+        return folder
+    raise FileNotFoundError(f"no libcudart.so.13 of the software device in {folder}")
 
 
 @functools.cache
@@ -186,7 +184,7 @@ def _cuda_operations() -> ctypes.CDLL:
     """Loads the CUDA kernels of torch.ops.pop onto the device."""
     import torch
 
-    from . import ops
+    from pop_ext import ops
 
     if torch.version.cuda is not None:
         raise RuntimeError("this torch is built with CUDA, whose own runtime cannot be displaced; use a CPU build")
@@ -417,4 +415,4 @@ if __name__ == "__main__":
     try:
         app()
     except (OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"pop_ext.emulator: {error}") from None
+        raise SystemExit(f"ptx_emulator: {error}") from None

@@ -6,10 +6,9 @@ import gc
 import itertools
 
 import numpy as np
+import ptx_emulator as emulator
 import pytest
 import torch
-
-from pop_ext import emulator
 
 HEADER = ".version 8.5\n.target sm_80\n.address_size 64\n"
 SCHEDULES = [("roundrobin", 0), *itertools.product(("random", "adversarial"), range(20))]

@@ -2,10 +2,9 @@
 """Memory, warps, tensor cores and control flow in raw PTX."""
 
 import numpy as np
+import ptx_emulator as emulator
 import pytest
 import torch
-
-from pop_ext import emulator
 
 HEADER = ".version 8.5\n.target sm_80\n.address_size 64\n"
 

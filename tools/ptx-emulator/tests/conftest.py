@@ -9,7 +9,7 @@ os.environ.setdefault("POP_EMULATOR_DEADLOCK_SECONDS", "1")
 
 @pytest.fixture(scope="session", autouse=True)
 def device():
-    from pop_ext import emulator
+    import ptx_emulator as emulator
 
     try:
         return emulator.library_path()
@@ -30,7 +30,7 @@ def nvcc():
 @pytest.fixture(scope="session")
 def run_cuda(nvcc, tmp_path_factory):
     """Compiles a CUDA program with nvcc and runs it on the software device."""
-    from pop_ext import emulator
+    import ptx_emulator as emulator
 
     folder = tmp_path_factory.mktemp("cuda")
 

@@ -1,10 +1,9 @@
 # ruff: noqa: E501
 """Counts against pencil and paper: one instruction of a warp in each access pattern."""
 
+import ptx_emulator as emulator
 import pytest
 import torch
-
-from pop_ext import emulator
 
 HEADER = ".version 8.5\n.target sm_80\n.address_size 64\n"
 

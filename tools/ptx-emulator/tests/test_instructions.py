@@ -5,9 +5,8 @@ import math
 import struct
 
 import numpy as np
+import ptx_emulator as emulator
 import pytest
-
-from pop_ext import emulator
 
 HEADER = ".version 8.5\n.target sm_80\n.address_size 64\n"
 NAN = float("nan")

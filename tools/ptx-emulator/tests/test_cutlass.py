@@ -125,7 +125,7 @@ def check_static(program) -> None:
     """The command's reports. A warp's tile of 64 x 64 x 32 takes 64 multiplications in PTX and in SASS."""
 
     def command(option: str) -> list[str]:
-        run = [sys.executable, "-m", "pop_ext.emulator", option, str(program), "256", "256", "256"]
+        run = [sys.executable, "-m", "ptx_emulator", option, str(program), "256", "256", "256"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         return subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
 

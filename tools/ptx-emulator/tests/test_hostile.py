@@ -5,10 +5,9 @@ import ctypes
 import pathlib
 import random
 
+import ptx_emulator as emulator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from pop_ext import emulator
 
 HERE = pathlib.Path(__file__).parent
 VALID = """.version 8.0

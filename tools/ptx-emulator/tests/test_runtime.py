@@ -4,10 +4,9 @@
 import ctypes
 import pathlib
 
+import ptx_emulator as emulator
 import pytest
 import torch
-
-from pop_ext import emulator
 
 HERE = pathlib.Path(__file__).parent
 PRELUDE = (HERE / "check.h").read_text().replace("#pragma once", "")

@@ -2,10 +2,10 @@
 
 import subprocess
 
+import ptx_emulator as emulator
 import pytest
 import torch
-
-from pop_ext import emulator, sass
+from ptx_emulator import sass
 
 # Two loops: one multiplies 10 times on the tensor cores, one copies through shared memory.
 PTX = """.version 8.5
