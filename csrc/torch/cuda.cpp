@@ -1,6 +1,7 @@
 // The operations on CUDA tensors: libpop_cuda.so, which Python loads only where there is a CUDA runtime.
 //
-// On the software CUDA device the runtime is tools/ptx-emulator/src's, and tensors are the CPU's: device memory is host memory.
+// On the software CUDA device the runtime is tools/ptx-emulator/src's, and tensors are the CPU's: device memory is host
+// memory.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "torch/arguments.h"
+#include "torch/decode.h"
 
 extern "C" {
 // torch's, where it is built with CUDA.
@@ -156,6 +158,38 @@ void project_kv(const Tensor& hidden, const Tensor& weight, const OptionalTensor
   cuda::project_kv(p, workspace.data(), current.stream());
 }
 
+Tensor embedding(const Tensor& token_ids, const Tensor& weight, double scale) {
+  auto [p, y] = arguments::embedding(backend(), token_ids, weight, scale);
+  const Current current(token_ids);
+  introduce(y, "y");
+  cuda::embedding(p, current.stream());
+  return y;
+}
+
+Tensor rope_gather(const Tensor& cos_table, const Tensor& sin_table, const Tensor& positions,
+                   const OptionalTensor& axes) {
+  auto [p, out] = arguments::rope_gather(backend(), cos_table, sin_table, positions, axes);
+  const Current current(cos_table);
+  introduce(out, "out");
+  cuda::rope_gather(p, current.stream());
+  return out;
+}
+
+void decode_advance(const Tensor& block_tables, int64_t block_size, const Tensor& shifts, const Tensor& seqlens_k,
+                    const Tensor& positions, const Tensor& slot_mapping, const OptionalTensor& step) {
+  const DecodeAdvance p =
+      arguments::decode_advance(backend(), block_tables, block_size, shifts, seqlens_k, positions, slot_mapping, step);
+  const Current current(block_tables);
+  cuda::decode_advance(p, current.stream());
+}
+
+void sample(const Tensor& logits, const OptionalTensor& settings, const OptionalTensor& seen,
+            const OptionalTensor& uniforms, const OptionalTensor& step, const Tensor& tokens) {
+  const Sample p = arguments::sample(backend(), logits, settings, seen, uniforms, step, tokens);
+  const Current current(logits);
+  cuda::sample(p, current.stream());
+}
+
 }  // namespace
 }  // namespace pop
 
@@ -174,4 +208,8 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) {
   m.impl("qkv_project", TORCH_BOX(&pop::qkv_project));
   m.impl("attention", TORCH_BOX(&pop::attention));
   m.impl("project_kv", TORCH_BOX(&pop::project_kv));
+  m.impl("embedding", TORCH_BOX(&pop::embedding));
+  m.impl("rope_gather", TORCH_BOX(&pop::rope_gather));
+  m.impl("decode_advance", TORCH_BOX(&pop::decode_advance));
+  m.impl("sample", TORCH_BOX(&pop::sample));
 }
