@@ -22,8 +22,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pop_ext.checkpoints.config import load_config
 from pop_ext.checkpoints.families import ModelSpec
-from pop_ext.checkpoints.weights import load_config, resolve_folder
+from pop_ext.checkpoints.files import resolve_folder
 
 SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3)  # of all layers, besides all of them
 STAGES = "truncated_prefill", "projection", "boundary"

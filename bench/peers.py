@@ -17,7 +17,7 @@ from pathlib import Path
 from prefill import ROOT, Peer, arguments, main
 from rich.console import Console
 
-from pop_ext.checkpoints.weights import resolve_folder
+from pop_ext.checkpoints.files import resolve_folder
 
 # torch first: the packages that need it then keep this build
 TORCH = "torch==2.13.0"

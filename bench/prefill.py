@@ -46,8 +46,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.engines import THREADS  # noqa: E402
+from pop_ext.checkpoints.config import load_config  # noqa: E402
 from pop_ext.checkpoints.families import ModelSpec  # noqa: E402
-from pop_ext.checkpoints.weights import load_config, resolve_folder  # noqa: E402
+from pop_ext.checkpoints.files import resolve_folder  # noqa: E402
 
 # Counting
 

@@ -335,7 +335,7 @@ class Control:
 def calibration_of(model, depths):
     """Projections for these depths, fitted on pictures with a question and its answer, of a seed of their own."""
     from pop_ext.analysis.calibration import calibrate
-    from pop_ext.runtime.generation import encode_prompt
+    from pop_ext.runtime.prompts import encode_prompt
 
     rng = random.Random(2_000_003)
     windows, visuals = [], []

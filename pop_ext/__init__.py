@@ -10,11 +10,11 @@ from .ops import build_info, cpu_isa, cpu_isas, set_cpu_isa
 # for it.
 _LAZY = {
     "CacheFullError": "runtime.kv_cache",
-    "CalibrationError": "analysis.calibration",
-    "CheckpointError": "checkpoints.weights",
-    "Model": "runtime.model",
+    "CalibrationError": "checkpoints.calibration",
+    "CheckpointError": "checkpoints.files",
+    "Model": "runtime.generation",
     "StageTimes": "runtime.model",
-    "load": "runtime.model",
+    "load": "runtime.loading",
 }
 
 __all__ = [

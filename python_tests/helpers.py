@@ -178,14 +178,14 @@ def model_gguf(name: str, folder: Path) -> Path:
 
 def real_model(name: str) -> Path:
     """The folder of a real model, converted from its package on first use; skips where the package is missing."""
-    from pop_ext.checkpoints import weights as checkpoint
+    from pop_ext.checkpoints import gguf
 
     models = Path(os.environ.get("POP_MODELS", ROOT / "build" / "models"))
     folder = models / name
     if not (folder / "config.json").exists():
         models.mkdir(parents=True, exist_ok=True)
         gguf = model_gguf(name, models)
-        checkpoint.convert_gguf(gguf, folder)
+        gguf.convert_gguf(gguf, folder)
         if gguf.is_relative_to(models):
             gguf.unlink()  # assembled here from parts
     return folder

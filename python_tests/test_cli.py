@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import pop_ext
 from pop_ext import cli
+from pop_ext.runtime.prefill_depth import parse_depth
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_prompt_from_file_and_standard_input(folder, tmp_path):
 
 @pytest.mark.parametrize("text, depth", [("1", 1), ("1.0", 1.0), ("4", 4), ("0.5", 0.5), (" 3 ", 3), ("-2", -2)])
 def test_prefill_depth_keeps_its_type(text, depth):
-    parsed = cli.parse_depth(text)
+    parsed = parse_depth(text)
     assert parsed == depth and type(parsed) is type(depth)
 
 

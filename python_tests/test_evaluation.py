@@ -15,7 +15,7 @@ from test_cli import pop
 from test_generation import make_chat_folder
 
 import pop_ext
-from pop_ext.analysis import calibration, evaluation, text
+from pop_ext.analysis import baselines, calibration, evaluation, tasks, text
 
 
 def random_windows(count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -26,7 +26,7 @@ def random_windows(count: int, length: int, seed: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("removed", [[4], [1, 2], [0, 3], [0, 1, 2, 3, 4]])
 def test_removed_layers_are_gone(tiny, removed):
     """Against transformers' model without these modules."""
-    model = evaluation.without_layers(pop_ext.load(tiny, dtype=torch.float32), removed)
+    model = baselines.without_layers(pop_ext.load(tiny, dtype=torch.float32), removed)
     reference = transformers_model(tiny)
     kept = [i for i in range(reference.config.num_hidden_layers) if i not in removed]
     if not kept:
@@ -66,7 +66,7 @@ class ReferenceSpeed(ReferencePOP):
 def test_deep_tokens_only(tiny, boundary, anchors):
     """SPEED's inference against transformers' modules; the windows of some are shorter than the prompt."""
     model = pop_ext.load(tiny, dtype=torch.float32, boundary_tokens=boundary, anchor_tokens=anchors)
-    speed = evaluation.SpeedBaseline(model)
+    speed = baselines.SpeedBaseline(model)
     speed.chunk_tokens = 13
     (window,) = random_windows(1, 40)
     expected = ReferenceSpeed(transformers_model(tiny, attention="eager"), 2, boundary, anchors).logits(
@@ -80,7 +80,7 @@ def test_deep_tokens_only(tiny, boundary, anchors):
 
 def test_what_layers_are_chosen_by(tiny_llama):
     model, windows = pop_ext.load(tiny_llama, dtype=torch.float32), random_windows(3, 30)
-    influence, angles = evaluation.layer_similarity(model, windows)
+    influence, angles = baselines.layer_similarity(model, windows)
     reference = transformers_model(tiny_llama)
     states = []
     reference.model.layers[-1].register_forward_hook(lambda module, args, output: states.append(output))
@@ -168,14 +168,14 @@ def test_windows_start_as_the_tokenizer_says(tiny_llama, tmp_path_factory):
 def test_synthetic_task(kind, tiny_llama, tmp_path_factory):
     tokenizer = pop_ext.load(make_chat_folder(tiny_llama, tmp_path_factory)).tokenizer
     filler = random_windows(6, 400)
-    prompts, continuations = evaluation.synthetic_task(kind, filler, tokenizer, seed=4)
-    assert prompts == evaluation.synthetic_task(kind, filler, tokenizer, seed=4)[0]
+    prompts, continuations = tasks.synthetic_task(kind, filler, tokenizer, seed=4)
+    assert prompts == tasks.synthetic_task(kind, filler, tokenizer, seed=4)[0]
     for prompt, continuation, window in zip(prompts, continuations, filler, strict=True):
         assert len(prompt) == 400 and prompt[0] == window[0]
         answer = tokenizer.decode(continuation).strip().rstrip(".")
         assert answer and answer in tokenizer.decode(prompt)
     with pytest.raises(ValueError, match="prompts of 10 tokens are too short"):
-        evaluation.synthetic_task(kind, random_windows(1, 10), tokenizer)
+        tasks.synthetic_task(kind, random_windows(1, 10), tokenizer)
 
 
 def test_command(tiny_llama, tmp_path_factory, tmp_path):

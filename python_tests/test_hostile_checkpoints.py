@@ -17,8 +17,10 @@ import torch
 import transformers
 from vision_models import TINY_VISION, TinyVision
 
+from pop_ext.checkpoints.config import load_config
 from pop_ext.checkpoints.families import ModelSpec
-from pop_ext.checkpoints.weights import CheckpointError, LayerWeights, load_config, load_weights
+from pop_ext.checkpoints.files import CheckpointError
+from pop_ext.checkpoints.weights import LayerWeights, load_weights
 from pop_ext.runtime.rope import RotaryEmbedding
 from pop_ext.vision.encoder import Vision
 

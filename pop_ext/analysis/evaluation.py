@@ -9,16 +9,15 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
-from ..runtime.kv_cache import BLOCK_SIZE, ImageSpan, KVCache
-from ..runtime.model import ForwardBatch, Model
+from ..runtime.generation import Model
+from ..vision.spans import ImageSpan
+from .baselines import SpeedBaseline, layer_similarity, without_layers
 
 METHODS = ("full", "pop_uncalibrated", "pop_calibrated", "last_layers_removed", "shortgpt", "gromov", "speed")
 RESAMPLES = 2000
@@ -40,88 +39,6 @@ class Fidelity:
     exact_answers: float  # share of prompts after which every token of the continuation is the likeliest
     # of the difference in KL to the lowest at this depth, bootstrapped over the same prompts; (0, 0) for that itself
     excess_interval: tuple[float, float] = (0.0, 0.0)
-
-
-def without_layers(model: Model, removed: range | list[int]) -> Model:
-    """A model that shares `model`'s weights but lacks some layers for all tokens; positions are unchanged."""
-    kept = [index for index in range(model.spec.num_layers) if index not in removed]
-    spec, weights, variant = model.spec, model.weights, copy.copy(model)
-    variant.spec = replace(
-        spec,
-        num_layers=len(kept),
-        windows=tuple(spec.windows[index] for index in kept),
-        rope_index=tuple(spec.rope_index[index] for index in kept),
-    )
-    bias = weights.projection_bias
-    variant.weights = replace(
-        weights,
-        layers=[weights.layers[index] for index in kept],
-        projection=weights.projection[kept],
-        projection_bias=None if bias is None else bias[kept],
-    )
-    variant.rope_index = model.rope_index[kept]
-    variant.k_norms = None if model.k_norms is None else model.k_norms[kept]
-    variant.calibration, variant.prefill_depth = None, 1.0
-    variant.cache = KVCache(len(kept), spec.num_kv_heads, spec.head_dim, model.max_cache_tokens, model.dtype)
-    return variant
-
-
-class SpeedBaseline(Model):
-    """`model` with deep layers that see anchor, boundary and generated tokens only: nothing is projected (the inference
-    of SPEED, arXiv 2605.06105, on a model that was not trained for it). One conversation of one turn at a time.
-    """
-
-    def __init__(self, model: Model):
-        self.__dict__.update(vars(model), calibration=None)
-        self._hidden, self._depth = range(0), model.spec.num_layers  # positions that layers from _depth up do not see
-
-    def _turn(self, sequences, prompts, name, depth, times, visuals=None, *, deep=False, all_logits=False) -> Tensor:
-        if not deep:
-            (sequence,), (prompt,) = sequences, prompts
-            if sequence.token_ids:
-                raise ValueError("a second turn, expected a new conversation")
-            self._hidden = range(self.anchor_tokens, len(prompt) - self.boundary_tokens)
-            self._depth = min(depth, self.spec.num_layers - 1)
-        return super()._turn(sequences, prompts, name, depth, times, visuals, deep=deep, all_logits=all_logits)
-
-    def _project(self, depth, hidden, before, batch, slot_mapping) -> None:
-        pass
-
-    def _attention(self, index: int, query: Tensor, batch: ForwardBatch) -> Tensor:
-        if index < self._depth or not self._hidden:
-            return super()._attention(index, query, batch)
-        keys, values = (pool.flatten(0, 1) for pool in self.cache.layers[index])
-        window, results = self.spec.windows[index], []
-        for run, rows in enumerate(query.split(batch.cu_seqlens_q.diff().tolist())):
-            end = int(batch.seqlens_k[run])
-            seen = torch.tensor([i for i in range(end) if i not in self._hidden])
-            slot_mapping = batch.block_tables[run, seen // BLOCK_SIZE].long() * BLOCK_SIZE + seen % BLOCK_SIZE
-            distance = torch.arange(end - len(rows), end)[:, None] - seen
-            mask = (distance >= 0) & (distance < (window or math.inf))
-            result = scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in (rows, keys[slot_mapping], values[slot_mapping])),
-                attn_mask=mask,
-                scale=self.spec.attention_scale,
-                enable_gqa=True,
-            )
-            results.append(result[0].transpose(0, 1))
-        return torch.cat(results)
-
-
-def layer_similarity(
-    model: Model, windows: list[list[int]], visuals: list[list[ImageSpan]] | None = None
-) -> tuple[Tensor, Tensor]:
-    """What the layer-removing methods choose by: the block influence [L] of every layer, `1 - E cos(h_l, h_l+1)`
-    (ShortGPT, arXiv 2403.03853), and the angular distance [L + 1, L + 1] from h_i to h_j at the windows' last tokens,
-    `arccos(cos(h_i, h_j)) / pi` (Gromov et al., arXiv 2403.17887), each the mean over `windows`.
-    """
-    influence, angles = 0.0, 0.0
-    for window, images in zip(windows, visuals or [[]] * len(windows), strict=True):
-        hidden = torch.stack([h.float() for h in model.hidden_states([window], [images])])  # [L + 1, T, D]
-        influence += 1 - cosine_similarity(hidden[:-1], hidden[1:], dim=-1).mean(-1)
-        last = hidden[:, -1]
-        angles += cosine_similarity(last[:, None], last, dim=-1).clamp(-1, 1).arccos() / math.pi
-    return influence / len(windows), angles / len(windows)
 
 
 def variants(model: Model, depths: list[int], methods: list[str], prompts: list[list[int]], visuals) -> list[tuple]:
@@ -250,58 +167,6 @@ def interval(values: np.ndarray, resamples: np.ndarray) -> tuple[float, float]:
     """The 95% bootstrap interval of the mean of `values` [n]; resamples [R, n] are indices into it."""
     low, high = np.percentile(values[resamples].mean(1), [2.5, 97.5])
     return float(low), float(high)
-
-
-def synthetic_task(
-    kind: str, filler: list[list[int]], tokenizer, seed: int = 0
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts that plant something in `filler` windows, and continuations that need it: kind "retrieval" states a
-    number for a name and asks for it at the end, "copying" gives a list of words once and starts it again.
-
-    Prompts keep the windows' length. ValueError if a window is too short.
-    """
-    if kind not in ("retrieval", "copying"):
-        raise ValueError(f"kind is {kind!r}, expected 'retrieval' or 'copying'")
-    generator = np.random.default_rng(seed)
-    prompts, continuations = [], []
-    for window in filler:
-        if kind == "retrieval":
-            name = " ".join(str(word) for word in generator.choice(WORDS, 2, replace=False))
-            number = str(generator.integers(10**5, 10**6))
-            fact, question, answer = (
-                f"\nThe number of {name} is {number}.\n",
-                f"\nThe number of {name} is",
-                f" {number}.",
-            )
-        else:
-            words = [str(word) for word in generator.choice(WORDS, 16, replace=False)]
-            fact, question, answer = (
-                f"\nThe list: {' '.join(words)}.\n",
-                f"\nAgain, the list: {' '.join(words[:4])}",
-                f" {' '.join(words[4:])}.",
-            )
-        fact, question, answer = (
-            tokenizer(text, add_special_tokens=False).input_ids for text in (fact, question, answer)
-        )
-        room = len(window) - len(fact) - len(question)
-        if room < 3:
-            raise ValueError(
-                f"prompts of {len(window)} tokens are too short, expected {len(window) + 3 - room} or more"
-            )
-        cut = int(generator.integers(1, room))
-        prompts.append(window[:cut] + fact + window[cut:room] + question)
-        continuations.append(answer)
-    return prompts, continuations
-
-
-WORDS = [
-    "amber", "anchor", "basin", "beacon", "birch", "bridge", "canyon", "cedar", "cliff", "cloud", "copper", "coral",
-    "cotton", "crystal", "delta", "desert", "eagle", "ember", "falcon", "feather", "fern", "forest", "fossil",
-    "garden", "glacier", "granite", "harbor", "hazel", "island", "ivory", "jasper", "kettle", "lantern", "lemon",
-    "maple", "marble", "meadow", "mirror", "moss", "mountain", "oasis", "olive", "orchard", "otter", "pebble",
-    "pepper", "pine", "planet", "prairie", "quartz", "raven", "ribbon", "river", "saddle", "saffron", "shadow",
-    "silver", "spruce", "summit", "thunder", "timber", "valley", "velvet", "violet", "walnut", "willow", "winter",
-]  # fmt: skip
 
 
 def to_json(results: list[Fidelity]) -> list[dict]:

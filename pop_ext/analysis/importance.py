@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.files import resolve_folder
+
 STAGES = ("prefill", "decode")
 BRANCHES = ("attention", "mlp")
 # Where a branch's output meets the residual: the norm after it where there is one, else its last module.
@@ -34,8 +36,6 @@ BRANCH_MODULES = {
 def load_transformers(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A transformers causal language model, or the one within a vision-language model, for measuring."""
     import transformers
-
-    from ..checkpoints.weights import resolve_folder
 
     folder = resolve_folder(folder)
     config = transformers.AutoConfig.from_pretrained(folder)

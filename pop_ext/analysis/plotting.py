@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .text import atomic_write
+from ..checkpoints.files import atomic_write
 
 
 def figure(rows: int = 1):

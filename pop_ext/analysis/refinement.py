@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
-from ..checkpoints.weights import open_safetensors
-from .calibration import FEATURE_SCALE, Calibration, CalibrationError, column_scale, normed, split
-from .text import atomic_write
+from ..checkpoints.calibration import Calibration, CalibrationError
+from ..checkpoints.files import atomic_write
+from ..checkpoints.tensors import open_safetensors
+from .calibration import FEATURE_SCALE, column_scale, normed, split
 
 BLOCK = 64  # tokens
 BATCH = 2  # windows a step

@@ -10,31 +10,11 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ..checkpoints.files import atomic_write, resolve_folder
 from ..runtime.kv_cache import BLOCK_SIZE
-
-
-def atomic_write(path: Path, write) -> None:
-    """`write(temporary path)`, which then takes the place of `path`; nothing is left behind if it fails."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
 
 PIECE = 512  # tokens of Python's help that stay together in the default text
 
@@ -109,8 +89,6 @@ def set_apart(text: str) -> str:
 def load_tokenizer(path: str | Path):
     """The tokenizer of a checkpoint; ValueError if it has none."""
     from transformers import AutoTokenizer
-
-    from ..checkpoints.weights import resolve_folder
 
     try:
         return AutoTokenizer.from_pretrained(resolve_folder(path))

@@ -11,8 +11,8 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from ..cli import parse_depth
-from ..runtime.model import load
+from ..runtime.loading import load
+from ..runtime.prefill_depth import parse_depth
 
 
 @register_model("pop")

@@ -3,34 +3,34 @@ decode.
 
 Every token either goes through all layers (it is *deep*: boundary, anchor and generated tokens) or through the first P
 only (the other prompt tokens). Layers below P see both alike; at layers from P up the deep tokens go on, and attend to
-the keys and values that were projected for the others. So one function, `Model._forward`, is prefill and decode.
+the keys and values that were projected for the others. So one function, `PrefillModel._forward`, is prefill and decode.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
-from transformers import AutoTokenizer, GenerationConfig
 
-from ..analysis.calibration import Calibration
+from ..checkpoints.calibration import Calibration
+from ..checkpoints.config import load_config
 from ..checkpoints.families import ModelSpec
-from ..checkpoints.weights import CheckpointError, load_config, load_weights, resolve_folder
+from ..checkpoints.tokenizer import load_generation_config, load_tokenizer
+from ..checkpoints.weights import load_weights
 from ..vision.encoder import Vision
-from .generation import GenerationMixin
-from .kv_cache import BLOCK_SIZE, ImageSpan, KVCache, Sequence
+from ..vision.spans import ImageSpan
+from .checks import check_count, check_image_spans, check_token_lists
+from .forward_batch import ForwardBatch, SequenceChunk, forward_passes
+from .kv_cache import KVCache, Sequence
 from .rope import RotaryEmbedding
 
 pop = torch.ops.pop
-
 DEFAULT_MAX_CACHE_TOKENS = 32768  # of the cache, where the model's own context is longer
 
 
@@ -53,64 +53,9 @@ class StageTimes:
         return self.truncated_prefill + self.projection + self.boundary
 
 
-@dataclass
-class SequenceChunk:
-    """Tokens [start, end) of one sequence in a forward pass; those in [shallow_start, shallow_end) are not deep."""
-
-    sequence: Sequence
-    start: int
-    end: int
-    shallow_start: int
-    shallow_end: int
-    logits_start: int  # logits are wanted from this position on
-
-    def deep_runs(self) -> list[tuple[int, int]]:
-        low, high = (min(max(p, self.start), self.end) for p in (self.shallow_start, self.shallow_end))
-        runs = [(self.start, low), (high, self.end)] if low < high else [(self.start, self.end)]
-        return [(start, end) for start, end in runs if start < end]
-
-
-class ForwardBatch:
-    """What the layers need to know of the tokens in a forward pass: how they turn (RoPE), where they are written, what
-    they may see.
-    """
-
-    def __init__(self, runs: list[tuple[Sequence, int, int]], rope: RotaryEmbedding, bidirectional_images: bool):
-        """runs: sequence, first and last + 1 index of tokens that follow one another."""
-        tables = [sequence.blocks[: -(-end // BLOCK_SIZE)] for sequence, _, end in runs]
-        width = max(map(len, tables))
-        self.block_tables = torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32)
-        self.cu_seqlens_q = torch.tensor([0, *accumulate(end - start for _, start, end in runs)], dtype=torch.int32)
-        self.seqlens_k = torch.tensor([end for _, _, end in runs], dtype=torch.int32)
-        self.max_seqlen_q = max(end - start for _, start, end in runs)
-        self.max_seqlen_k = max(end for _, _, end in runs)
-        positions = torch.cat([torch.arange(start, end) for _, start, end in runs])
-        run = torch.repeat_interleave(self.cu_seqlens_q.diff())
-        self.slot_mapping = self.block_tables[run, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
-        if rope.axes is not None and any(sequence.visuals for sequence, _, _ in runs):
-            positions = torch.cat([sequence.positions(start, end) for sequence, start, end in runs], dim=1)
-        self.cos, self.sin = rope(positions)  # [ropes, T, E / 2]
-        self.spans = _spans(runs, self.max_seqlen_k) if bidirectional_images else None
-        self.visual_rows, self.visual_features = _visual_rows(runs)
-        self.angles = list(zip(self.cos, self.sin, strict=True))
-
-
-def _spans(runs: list[tuple[Sequence, int, int]], width: int) -> Tensor | None:
-    """The image that each token of each run's context is part of, [runs, width] int32, -1 for text; None where no run
-    has tokens of an image.
-    """
-    if not any(visual.end > start and visual.start < end for s, start, end in runs for visual in s.visuals):
-        return None
-    spans = torch.full((len(runs), width), -1, dtype=torch.int32)
-    for row, (sequence, _, end) in zip(spans, runs, strict=True):
-        for index, visual in enumerate(sequence.visuals):
-            row[visual.start : min(visual.end, end)] = index
-    return spans
-
-
-class Model(GenerationMixin):
+class PrefillModel:
     """A causal language model with its tokenizer and key/value cache, and of a vision-language checkpoint `vision`, its
-    vision tower and processing; made by `pop_ext.load`.
+    vision tower and processing: prefill and decode. `pop_ext.load` makes one that generates, too (`generation.Model`).
 
     prefill_depth, boundary_tokens and anchor_tokens are the defaults of every call; `chunk_tokens` bounds the prompt
     tokens of one forward pass, and with it the memory of activations (results do not depend on it). Not for use by
@@ -130,7 +75,7 @@ class Model(GenerationMixin):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
         if max_cache_tokens is not None:
-            _check_count("max_cache_tokens", max_cache_tokens, 1)
+            check_count("max_cache_tokens", max_cache_tokens, 1)
         self.folder = folder
         self.config = load_config(folder)
         self.spec = ModelSpec.from_config(self.config)
@@ -148,9 +93,9 @@ class Model(GenerationMixin):
         if self.calibration is not None:
             self.calibration.check(self)
         self.k_norms = torch.stack([layer.k_norm for layer in self.weights.layers]) if self.spec.qk_norm else None
-        self.tokenizer = _load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder)
         self.vision = Vision(folder, self.config, self.spec, dtype) if self.spec.vision_type else None
-        self.generation_config = _load_generation_config(folder, self.config)
+        self.generation_config = load_generation_config(folder, self.config)
         self.cache = KVCache(
             self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, self.max_cache_tokens, dtype
         )
@@ -257,11 +202,11 @@ class Model(GenerationMixin):
         again; continuations are decoded at full depth.
         """
         depth = self.resolve_prefill_depth(prefill_depth)
-        _check_token_lists("prompts", prompts, self.spec.vocab_size)
-        _check_token_lists("continuations", continuations, self.spec.vocab_size, least=0)
+        check_token_lists("prompts", prompts, self.spec.vocab_size)
+        check_token_lists("continuations", continuations, self.spec.vocab_size, least=0)
         if len(prompts) != len(continuations):
             raise ValueError(f"continuations has {len(continuations)} entries, expected one per prompt, {len(prompts)}")
-        visuals = _check_visuals(visuals, prompts, self.spec, depth)
+        visuals = check_image_spans(visuals, prompts, self.spec, depth)
         results, sequence, before = [], None, None
         try:
             for prompt, continuation, images in zip(prompts, continuations, visuals, strict=True):
@@ -297,7 +242,7 @@ class Model(GenerationMixin):
         """
         sequences = [self.new_sequence() for _ in prompts]
         self._check_prompts(sequences, prompts, "prompts")
-        for sequence, images in zip(sequences, _check_visuals(visuals, prompts, self.spec), strict=True):
+        for sequence, images in zip(sequences, check_image_spans(visuals, prompts, self.spec), strict=True):
             for visual in images:
                 sequence.add(replace(visual))
         try:
@@ -330,7 +275,7 @@ class Model(GenerationMixin):
         """
         self._check_settings()
         self._check_prompts(sequences, prompts, name)
-        visuals = _check_visuals(visuals, prompts, self.spec, depth)
+        visuals = check_image_spans(visuals, prompts, self.spec, depth)
         lengths, images = [len(s.token_ids) for s in sequences], [len(s.visuals) for s in sequences]
         self.cache.grow(sequences, [n + len(p) for n, p in zip(lengths, prompts, strict=True)])
         try:
@@ -349,7 +294,7 @@ class Model(GenerationMixin):
                 pieces.append(
                     SequenceChunk(sequence, sequence.num_cached, end, *shallow, length if all_logits else end - 1)
                 )
-            chunks = _chunks(pieces, self.chunk_tokens, self.spec.bidirectional_images)
+            chunks = forward_passes(pieces, self.chunk_tokens, self.spec.bidirectional_images)
             logits = [self._forward(chunk, depth, times) for chunk in chunks]
         except BaseException:
             for sequence, length, count in zip(sequences, lengths, images, strict=True):
@@ -490,12 +435,12 @@ class Model(GenerationMixin):
 
     def _check_settings(self) -> None:
         """The attributes that may be set at any time."""
-        _check_count("boundary_tokens", self.boundary_tokens, 1)
-        _check_count("anchor_tokens", self.anchor_tokens, 0)
-        _check_count("chunk_tokens", self.chunk_tokens, 1)
+        check_count("boundary_tokens", self.boundary_tokens, 1)
+        check_count("anchor_tokens", self.anchor_tokens, 0)
+        check_count("chunk_tokens", self.chunk_tokens, 1)
 
     def _check_prompts(self, sequences: list[Sequence], prompts: list[list[int]], name: str) -> None:
-        _check_token_lists(name, prompts, self.spec.vocab_size)
+        check_token_lists(name, prompts, self.spec.vocab_size)
         if not isinstance(sequences, list | tuple) or len(sequences) != len(prompts) or not len(sequences):
             raise ValueError(f"sequences is {sequences!r:.80}, expected one or more, as many as {name}, {len(prompts)}")
         for i, sequence in enumerate(sequences):
@@ -507,137 +452,3 @@ class Model(GenerationMixin):
                 )
         if len({id(s) for s in sequences}) < len(sequences):
             raise ValueError("sequences has the same conversation twice, expected different ones")
-
-
-def _chunks(pieces: list[SequenceChunk], size: int, whole_images: bool) -> Iterator[list[SequenceChunk]]:
-    """Cuts pieces into forward passes of at most `size` tokens, or with `whole_images` of one larger image."""
-    chunk, room = [], size
-    for piece in pieces:
-        start = piece.start
-        while start < piece.end:
-            end = min(piece.end, start + room)
-            for visual in piece.sequence.visuals if whole_images else ():
-                if visual.start < end < visual.end:
-                    end = max(start, visual.start)
-                    if end == start and not chunk:
-                        end = visual.end
-                    room = end - start  # nothing more
-                    break
-            if start < end:
-                chunk.append(replace(piece, start=start, end=end))
-            room -= end - start
-            start = end
-            if room == 0:
-                yield chunk
-                chunk, room = [], size
-    if chunk:
-        yield chunk
-
-
-def _visual_rows(runs: list[tuple[Sequence, int, int]]) -> tuple[Tensor | None, Tensor | None]:
-    """The rows of a forward pass that are tokens of images, and their features [1 + d, rows, D]; None without any."""
-    rows, features, offset = [], [], 0
-    for sequence, start, end in runs:
-        for visual in sequence.visuals:
-            low, high = max(visual.start, start), min(visual.end, end)
-            if low < high:
-                rows.append(torch.arange(low, high) + (offset - start))
-                features.append(visual.features[:, low - visual.start : high - visual.start])
-        offset += end - start
-    return (torch.cat(rows), torch.cat(features, dim=1)) if rows else (None, None)
-
-
-def _check_visuals(visuals, prompts, spec: ModelSpec, depth: int | None = None) -> list[list[ImageSpan]]:
-    """A list of images for each prompt. ValueError unless they lie in their prompts in order, for this model, and the
-    prefill depth is enough for them.
-    """
-    if visuals is None:
-        return [[] for _ in prompts]
-    if not isinstance(visuals, list | tuple) or len(visuals) != len(prompts):
-        raise ValueError(f"visuals is {visuals!r:.80}, expected a list for each of the {len(prompts)} prompts")
-    for i, (images, prompt) in enumerate(zip(visuals, prompts, strict=True)):
-        end = 0
-        for visual in images:
-            if spec.vision_type is None:
-                raise ValueError(f"visuals[{i}] has images, but this model ({spec.model_type}) reads text only")
-            if not end <= visual.start < visual.end <= len(prompt):
-                raise ValueError(
-                    f"visuals[{i}] has an image at [{visual.start}, {visual.end}), expected [{end}, {len(prompt)})"
-                )
-            end, shape = visual.end, tuple(visual.features.shape)
-            if shape[1:] != (visual.end - visual.start, spec.hidden_size):
-                raise ValueError(f"visuals[{i}] has features of shape {shape}, expected (1 + d, tokens, hidden size)")
-            if depth is not None and depth < shape[0] - 1:
-                raise ValueError(
-                    f"prefill_depth is {depth} layers, expected at least {shape[0] - 1} for a prompt with images: "
-                    f"DeepStack adds visual features to the hidden state after each of the first {shape[0] - 1} layers"
-                )
-    return [list(images) for images in visuals]
-
-
-def _check_token_lists(name: str, lists: list[list[int]], vocab_size: int, least: int = 1) -> None:
-    """TypeError or ValueError unless `lists` holds lists of at least `least` token ids."""
-    if not isinstance(lists, list | tuple):
-        raise TypeError(f"{name} is {lists!r:.80}, expected a list of lists of token ids")
-    for i, token_ids in enumerate(lists):
-        if not isinstance(token_ids, list | tuple) or not all(type(token) is int for token in token_ids):
-            raise TypeError(f"{name}[{i}] is {token_ids!r:.80}, expected a list of token ids (int)")
-        if len(token_ids) < least:
-            raise ValueError(f"{name}[{i}] is empty, expected at least one token id")
-        wrong = next((token for token in token_ids if not 0 <= token < vocab_size), None)
-        if wrong is not None:
-            raise ValueError(f"{name}[{i}] has token id {wrong}, expected 0 to {vocab_size - 1}")
-
-
-def _check_count(name: str, value, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} is {value!r}, expected an int of {least} or more")
-
-
-def _load_tokenizer(folder: Path):
-    if not any(
-        (folder / name).exists()
-        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    ):
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        template = folder / "chat_template.json"  # where older vision-language checkpoints keep it
-        if not tokenizer.chat_template and template.exists():
-            tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
-        return tokenizer
-    except Exception as error:  # whatever a damaged file makes of it
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
-
-
-def _load_generation_config(folder: Path, config) -> GenerationConfig:
-    if not (folder / "generation_config.json").exists():
-        return GenerationConfig.from_model_config(config)
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
-
-
-def load(
-    path: str | Path,
-    prefill_depth: int | float = 1.0,
-    boundary_tokens: int = 1,
-    anchor_tokens: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    max_cache_tokens: int | None = None,
-    calibration: str | Path | None = None,
-) -> Model:
-    """Loads a checkpoint folder, or a Hugging Face hub id, for POP.
-
-    prefill_depth: layers that prompt tokens run through; an int counts them, a float in (0, 1] is their share (so 1 is
-    one layer, 1.0 all).
-    boundary_tokens: how many of each turn's last prompt tokens go through all layers. anchor_tokens: how many of the
-    sequence's first.
-    dtype: torch.bfloat16 or torch.float32. max_cache_tokens: capacity of the key/value cache over all conversations, by
-    default the model's context or 32,768, whichever is less.
-    calibration: a file of `pop calibrate`, made for this model and every depth below L - 1 that is asked for.
-    """
-    return Model(
-        resolve_folder(path), prefill_depth, boundary_tokens, anchor_tokens, dtype, max_cache_tokens, calibration
-    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..checkpoints.families import MODEL_FAMILIES, head_size, rope_parameters, text_config
+from ..checkpoints.rope_frequencies import rope_frequencies
 
 
 class RotaryEmbedding:
@@ -22,30 +21,9 @@ class RotaryEmbedding:
     axes: torch.Tensor | None  # [E/2] int64, multimodal RoPE: the axis that each frequency turns with
 
     def __init__(self, config, device: torch.device | str = "cpu"):
-        config = text_config(config)
-        inv_freq, scaling, self.axes = [], [], None
-        for layer_type, parameters in rope_parameters(config).items():
-            name = f"rope_parameters[{layer_type!r}]" if layer_type else "rope_parameters"
-            try:
-                if parameters["rope_type"] == "default":
-                    exponents = torch.arange(0, head_size(config), 2, dtype=torch.float32) / head_size(config)
-                    frequencies, scale = 1.0 / parameters["rope_theta"] ** exponents, 1.0
-                else:
-                    init = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
-                    frequencies, scale = init(config, torch.device("cpu"), layer_type=layer_type)
-            except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
-            if not (frequencies.isfinite().all() and 0 < scale < float("inf")):
-                raise ValueError(f"{name}: frequencies are not finite")
-            inv_freq.append(frequencies)
-            scaling.append(scale)
-            if MODEL_FAMILIES[config.model_type].mrope:
-                _, *shares = parameters.get("mrope_section") or (24, 20, 20)  # transformers' default
-                self.axes = torch.zeros(len(frequencies), dtype=torch.int64, device=device)
-                for axis, share in enumerate(shares, start=1):
-                    self.axes[axis : 3 * share : 3] = axis
-        self.inv_freq = torch.stack(inv_freq).to(device, torch.float32)
-        self.scaling = torch.tensor(scaling, dtype=torch.float32, device=device)[:, None, None]
+        inv_freq, scaling, axes = rope_frequencies(config)
+        self.inv_freq, self.scaling = inv_freq.to(device), scaling.to(device)[:, None, None]
+        self.axes = None if axes is None else axes.to(device)
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [T] int64, with multimodal RoPE also [3, T] -> cos, sin, each [ropes, T, E/2] float32."""
