@@ -7,7 +7,7 @@ Rounds, medians and yardsticks are bench/prefill.py's; every round runs every de
     seconds, seconds_range                  to the last prompt token's logits: median of the rounds, [least, most]
     stages_seconds                          medians of truncated_prefill, projection and boundary
     relative, predicted_relative            speed over that at full depth; and the same by counting multiplications
-    gemm_share                              of the rate of a large bf16 GEMM, by the multiplications that are done
+    gemm_share                              of a large GEMM's rate, by the multiplications that are done
     other_load                              processors that other programs kept busy meanwhile (mean)
 """
 
