@@ -12,8 +12,9 @@ _LAZY = {
     "CacheFullError": "runtime.kv_cache",
     "CalibrationError": "checkpoints.calibration",
     "CheckpointError": "checkpoints.files",
+    "DeviceMemoryError": "runtime.device",
     "Model": "runtime.generation",
-    "StageTimes": "runtime.model",
+    "StageTimes": "runtime.device",
     "load": "runtime.loading",
 }
 
@@ -21,6 +22,7 @@ __all__ = [
     "CacheFullError",
     "CalibrationError",
     "CheckpointError",
+    "DeviceMemoryError",
     "Model",
     "StageTimes",
     "build_info",

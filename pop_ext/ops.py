@@ -45,9 +45,9 @@ def _load_cuda() -> str | None:
     return None
 
 
-_why_no_cuda = _load_cuda()
+why_no_cuda = _load_cuda()  # what stands in the way of CUDA tensors; None: nothing
 # What CUDA tensors get where there are no kernels for them.
-_no_cuda = torch.library.Library("pop", "IMPL", "CUDA") if _why_no_cuda else None
+_no_cuda = torch.library.Library("pop", "IMPL", "CUDA") if why_no_cuda else None
 
 
 def make_way_for_cuda() -> None:
@@ -64,7 +64,7 @@ def build_info() -> dict:
         "cpu_isas": cpu_isas(),
         "cpu_isa": cpu_isa(),
         "cuda": CUDA_LIBRARY.exists(),
-        "cuda_loaded": _why_no_cuda is None,
+        "cuda_loaded": why_no_cuda is None,
     }
 
 
@@ -88,7 +88,7 @@ def _fake(function):
 
     def on_cuda(*args, **kwargs):
         raise NotImplementedError(
-            f"pop::{function.__name__}: {parameters[0]} is on a CUDA device, but {_why_no_cuda}; "
+            f"pop::{function.__name__}: {parameters[0]} is on a CUDA device, but {why_no_cuda}; "
             "or move the tensors to the CPU"
         )
 

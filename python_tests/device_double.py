@@ -1,4 +1,4 @@
-"""A double of a GPU: tensors that claim another device, "gpudouble:0", and run the real CUDA kernels on the software device.
+"""A double of a GPU: tensors of another device, "gpudouble:0", that run the real CUDA kernels on the software device.
 
 It is torch's Python backend (PrivateUse1). A tensor's data lie in host memory, as the software device's memory does;
 operations of torch run there by torch's own CPU kernels, those of `torch.ops.pop` by libpop_cuda.so. What it is for is

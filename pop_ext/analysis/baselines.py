@@ -60,7 +60,7 @@ class SpeedBaseline(Model):
             self._depth = min(depth, self.spec.num_layers - 1)
         return super()._turn(sequences, prompts, name, depth, times, visuals, deep=deep, all_logits=all_logits)
 
-    def _project(self, depth, hidden, before, batch, slot_mapping) -> None:
+    def _project(self, *_) -> None:
         pass
 
     def _attention(self, index: int, query: Tensor, batch: ForwardBatch) -> Tensor:

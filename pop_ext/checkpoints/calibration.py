@@ -48,6 +48,15 @@ class Calibration:
             raise CalibrationError(f"prefill_depth is {depth} layers, but the calibration was made for {depths}")
         return self.projections[depth], self.features[depth]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for table in (self.projections, self.features) for t in table.values())
+
+    def to(self, device: torch.device) -> Calibration:
+        """The same on a device."""
+        tables = ({depth: t.to(device) for depth, t in table.items()} for table in (self.projections, self.features))
+        return Calibration(*tables, self.provenance)
+
     def check(self, model) -> None:
         """CalibrationError unless it was made for this model's weights."""
         if self.provenance["fingerprint"] != model.fingerprint():

@@ -39,14 +39,31 @@ class ModelWeights:
     layers: list[LayerWeights]
     final_norm: torch.Tensor  # [D] float32
     lm_head: torch.Tensor  # [V, D]; the embedding itself where the two are tied
-    projection: torch.Tensor  # [L, 2 Hkv E, D]: the K and V rows of qkv times the input norm's gain
+    projection: torch.Tensor  # [L - F, 2 Hkv E, D]: the K and V rows of qkv times the input norm's gain
     projection_bias: torch.Tensor | None  # [L, 2 Hkv E]
+    first_projection: int = 0  # F: the layer of projection[0]
+
+    def projections_from(self, layer: int) -> torch.Tensor:
+        """Those of the layers from `layer` on. The ones before the first that is kept are made, and then kept too."""
+        if layer < self.first_projection:
+            rows = self.projection.shape[1]
+            made = [
+                (w.qkv[-rows:].float() * w.input_norm).to(self.projection.dtype)
+                for w in self.layers[layer : self.first_projection]
+            ]
+            self.projection = torch.cat([torch.stack(made), self.projection])
+            self.first_projection = layer
+        return self.projection[layer - self.first_projection :]
 
 
 def load_weights(
-    folder: str | Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu"
+    folder: str | Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    first_projection: int = 0,
 ) -> ModelWeights:
-    """The weights of a folder in `dtype` on `device`.
+    """The weights of a folder in `dtype` on `device`, with the projections of the layers from `first_projection` on.
 
     Files are mapped, not read: a tensor that is in `dtype` already and is used as it is stays a view of its file, and
     costs no memory of the process. The others are converted straight into their place, so that beside the result
@@ -63,8 +80,9 @@ def load_weights(
 
     kv_rows = spec.num_kv_heads * spec.head_dim
     embedding = files.weight(tensors["embedding"])
-    projection = torch.empty(spec.num_layers, 2 * kv_rows, spec.hidden_size, dtype=dtype, device=device)
-    projection_bias = torch.empty(projection.shape[:2], dtype=dtype, device=device) if spec.qkv_bias else None
+    shape = (spec.num_layers, 2 * kv_rows)
+    projection = torch.empty(shape[0] - first_projection, shape[1], spec.hidden_size, dtype=dtype, device=device)
+    projection_bias = torch.empty(shape, dtype=dtype, device=device) if spec.qkv_bias else None
     layers = []
     for index, names in enumerate(layer_tensors):
 
@@ -90,7 +108,11 @@ def load_weights(
         )
         # The gain is folded into the values as they are stored, in float32, and the product rounded once.
         for rows, key in ((slice(0, kv_rows), "k"), (slice(kv_rows, None), "v")):
-            projection[index, rows] = files.read(names[key]).to(device, torch.float32) * layer.input_norm
+            if index < first_projection:
+                break
+            projection[index - first_projection, rows] = (
+                files.read(names[key]).to(device, torch.float32) * layer.input_norm
+            )
         if projection_bias is not None:
             projection_bias[index] = layer.qkv_bias[-2 * kv_rows :]
         layers.append(layer)
@@ -101,6 +123,7 @@ def load_weights(
         lm_head=embedding if spec.tie_word_embeddings else files.weight(tensors["lm_head"]),
         projection=projection,
         projection_bias=projection_bias,
+        first_projection=first_projection,
     )
 
 

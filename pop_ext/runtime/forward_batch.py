@@ -32,10 +32,16 @@ class SequenceChunk:
 
 class ForwardBatch:
     """What the layers need to know of the tokens in a forward pass: how they turn (RoPE), where they are written, what
-    they may see.
+    they may see. Made on the host; `upload` brings it to the device.
     """
 
-    def __init__(self, runs: list[tuple[Sequence, int, int]], rope: RotaryEmbedding, bidirectional_images: bool):
+    INTEGERS = ("block_tables", "cu_seqlens_q", "seqlens_k", "slot_mapping", "positions", "spans", "visual_rows")
+
+    cos: Tensor  # [ropes, T, E / 2]
+    sin: Tensor
+    angles: list[tuple[Tensor, Tensor]]  # of each rope
+
+    def __init__(self, runs: list[tuple[Sequence, int, int]], multimodal_rope: bool, bidirectional_images: bool):
         """runs: sequence, first and last + 1 index of tokens that follow one another."""
         tables = [sequence.blocks[: -(-end // BLOCK_SIZE)] for sequence, _, end in runs]
         width = max(map(len, tables))
@@ -47,11 +53,23 @@ class ForwardBatch:
         positions = torch.cat([torch.arange(start, end) for _, start, end in runs])
         run = torch.repeat_interleave(self.cu_seqlens_q.diff())
         self.slot_mapping = self.block_tables[run, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
-        if rope.axes is not None and any(sequence.visuals for sequence, _, _ in runs):
+        if multimodal_rope and any(sequence.visuals for sequence, _, _ in runs):
             positions = torch.cat([sequence.positions(start, end) for sequence, start, end in runs], dim=1)
-        self.cos, self.sin = rope(positions)  # [ropes, T, E / 2]
+        self.positions = positions  # [T], or [3, T]
         self.spans = _spans(runs, self.max_seqlen_k) if bidirectional_images else None
         self.visual_rows, self.visual_features = _visual_rows(runs)
+
+    def integers(self, prefix: str = "") -> dict[str, Tensor]:
+        """What there is to upload, by its name."""
+        values = {prefix + name: getattr(self, name) for name in self.INTEGERS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def ready(self, values: dict[str, Tensor], rope: RotaryEmbedding, prefix: str = "") -> None:
+        """Takes `integers` as they are on the device, and turns the positions."""
+        for name in self.INTEGERS:
+            if prefix + name in values:
+                setattr(self, name, values[prefix + name])
+        self.cos, self.sin = rope(self.positions)
         self.angles = list(zip(self.cos, self.sin, strict=True))
 
 

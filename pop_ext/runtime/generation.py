@@ -129,7 +129,7 @@ class Model(PrefillModel):
             token_ids, pictures = encode_prompt(self, prompt, f"prompts[{i}]", history, images[i], videos[i])
             prompt_ids.append(token_ids)
             media.append(pictures)
-            generator = torch.Generator(self.device).manual_seed(seed + i) if rules.do_sample else None
+            generator = torch.Generator().manual_seed(seed + i) if rules.do_sample else None
             rows.append(rules.row(sequence, history + prompt_ids[-1], generator))
 
         created, done = [], False

@@ -58,9 +58,18 @@ class KVCache:
     when it is freed. On the CPU the operating system backs the pool with memory only where it is written.
     """
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, max_cache_tokens: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_cache_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
         num_blocks = -(-max_cache_tokens // BLOCK_SIZE)
-        self.data = torch.empty(num_layers, 2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim, dtype=dtype)
+        shape = (num_layers, 2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
+        self.data = torch.empty(shape, dtype=dtype, device=device)
         self.keys, self.values = self.data.unbind(1)  # [layers, blocks, BLOCK_SIZE, kv_heads, head_dim]
         self.layers = list(zip(self.keys, self.values, strict=True))
         self.free_blocks = list(range(num_blocks - 1, -1, -1))

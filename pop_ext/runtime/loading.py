@@ -18,6 +18,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     max_cache_tokens: int | None = None,
     calibration: str | Path | None = None,
+    device: str | torch.device = "auto",
 ) -> Model:
     """Loads a checkpoint folder, or a Hugging Face hub id, for POP.
 
@@ -25,10 +26,12 @@ def load(
     one layer, 1.0 all).
     boundary_tokens: how many of each turn's last prompt tokens go through all layers. anchor_tokens: how many of the
     sequence's first.
-    dtype: torch.bfloat16 or torch.float32. max_cache_tokens: capacity of the key/value cache over all conversations, by
-    default the model's context or 32,768, whichever is less.
+    dtype: torch.bfloat16, or torch.float32 on the CPU and torch.float16 on a GPU. max_cache_tokens: capacity of the
+    key/value cache over all conversations, by default on the CPU the model's context or 32,768, whichever is less, and
+    on a GPU 85% of the memory that the weights leave free.
     calibration: a file of `pop calibrate`, made for this model and every depth below L - 1 that is asked for.
+    device: "cpu", "cuda", "cuda:1" or a torch.device; "auto" is CUDA where this machine and this build have it, else
+    the CPU.
     """
-    return Model(
-        resolve_folder(path), prefill_depth, boundary_tokens, anchor_tokens, dtype, max_cache_tokens, calibration
-    )
+    settings = (prefill_depth, boundary_tokens, anchor_tokens, dtype, max_cache_tokens, calibration, device)
+    return Model(resolve_folder(path), *settings)

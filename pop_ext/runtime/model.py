@@ -9,14 +9,12 @@ the keys and values that were projected for the others. So one function, `Prefil
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from ..checkpoints.calibration import Calibration
 from ..checkpoints.config import load_config
@@ -26,31 +24,13 @@ from ..checkpoints.weights import load_weights
 from ..vision.encoder import Vision
 from ..vision.spans import ImageSpan
 from .checks import check_count, check_image_spans, check_token_lists
+from .device import StageTimes, cache_capacity, check_kernels, resolve_device, to_device, weight_bytes
 from .forward_batch import ForwardBatch, SequenceChunk, forward_passes
-from .kv_cache import KVCache, Sequence
+from .kv_cache import BLOCK_SIZE, KVCache, Sequence
 from .rope import RotaryEmbedding
 
 pop = torch.ops.pop
 DEFAULT_MAX_CACHE_TOKENS = 32768  # of the cache, where the model's own context is longer
-
-
-@dataclass
-class StageTimes:
-    """Seconds of prefill's three stages; `boundary` includes anchors and the vocabulary projection."""
-
-    truncated_prefill: float = 0.0
-    projection: float = 0.0
-    boundary: float = 0.0
-
-    def add(self, stage: str, since: float) -> float:
-        """Adds the time since `since` to a stage; returns now."""
-        now = time.perf_counter()
-        setattr(self, stage, getattr(self, stage) + now - since)
-        return now
-
-    @property
-    def total(self) -> float:
-        return self.truncated_prefill + self.projection + self.boundary
 
 
 class PrefillModel:
@@ -71,33 +51,41 @@ class PrefillModel:
         dtype: torch.dtype,
         max_cache_tokens: int | None,
         calibration: str | Path | None = None,
+        device: str | torch.device = "cpu",
     ):
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
         if max_cache_tokens is not None:
             check_count("max_cache_tokens", max_cache_tokens, 1)
         self.folder = folder
         self.config = load_config(folder)
         self.spec = ModelSpec.from_config(self.config)
+        self.dtype, self.device = dtype, resolve_device(device)
+        check_kernels(self.spec, dtype, self.device)
         self.prefill_depth = prefill_depth
         self.boundary_tokens, self.anchor_tokens, self.chunk_tokens = boundary_tokens, anchor_tokens, 2048
         self._check_settings()
         self.calibration = None if calibration is None else Calibration.load(calibration, self.spec, dtype)
-        self.resolve_prefill_depth(prefill_depth)
-        self.dtype, self.device = dtype, torch.device("cpu")
-        self.max_cache_tokens = max_cache_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_CACHE_TOKENS)
-        self.weights = load_weights(folder, self.spec, dtype)
-        self.rope = RotaryEmbedding(self.config)
-        self.rope_index = torch.tensor(self.spec.rope_index, dtype=torch.int32)
-        self._no_gain = torch.ones(self.spec.hidden_size)
+        depth = self.resolve_prefill_depth(prefill_depth)
+        if self.device.type == "cpu":
+            first, capacity = 0, max_cache_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_CACHE_TOKENS)
+        else:  # projections of layers below the depth asked for take memory that a GPU has better uses for
+            first = min(depth, self.spec.num_layers - 1)
+            extra = 0 if self.calibration is None else self.calibration.nbytes
+            needed = weight_bytes(self.spec, dtype.itemsize, first, extra)
+            capacity = cache_capacity(self.spec, dtype.itemsize, self.device, needed, BLOCK_SIZE, max_cache_tokens)
+        self.max_cache_tokens = capacity
+        self.weights = load_weights(folder, self.spec, dtype, self.device, first)
+        self.rope = RotaryEmbedding(self.config, self.device)
+        self.rope_index = torch.tensor(self.spec.rope_index, dtype=torch.int32, device=self.device)
+        self._no_gain = torch.ones(self.spec.hidden_size, device=self.device)
         if self.calibration is not None:
             self.calibration.check(self)
+            self.calibration = self.calibration.to(self.device)
         self.k_norms = torch.stack([layer.k_norm for layer in self.weights.layers]) if self.spec.qk_norm else None
         self.tokenizer = load_tokenizer(folder)
-        self.vision = Vision(folder, self.config, self.spec, dtype) if self.spec.vision_type else None
+        self.vision = Vision(folder, self.config, self.spec, dtype, self.device) if self.spec.vision_type else None
         self.generation_config = load_generation_config(folder, self.config)
         self.cache = KVCache(
-            self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, self.max_cache_tokens, dtype
+            self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, capacity, dtype, self.device
         )
 
     # Conversations
@@ -149,7 +137,7 @@ class PrefillModel:
                 if tensor is not None:
                     values = tensor.flatten()
                     sample = values[:: max(1, len(values) // 4096)].bfloat16()
-                    digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+                    digest.update(name.encode() + sample.cpu().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
 
     # Prefill and decode
@@ -171,7 +159,7 @@ class PrefillModel:
         and the time of each stage. Raises before anything is changed if a prompt is empty or too long, or the cache too
         full.
         """
-        times = StageTimes()
+        times = StageTimes(self.device)
         return self._turn(
             sequences, prompts, "prompts", self.resolve_prefill_depth(prefill_depth), times, visuals
         ), times
@@ -183,7 +171,12 @@ class PrefillModel:
         Returns the logits [B, vocabulary] float32 that follow.
         """
         return self._turn(
-            sequences, [[token] for token in token_ids], "token_ids", self.spec.num_layers, StageTimes(), deep=True
+            sequences,
+            [[token] for token in token_ids],
+            "token_ids",
+            self.spec.num_layers,
+            StageTimes(self.device),
+            deep=True,
         )
 
     @torch.no_grad()
@@ -211,18 +204,26 @@ class PrefillModel:
         try:
             for prompt, continuation, images in zip(prompts, continuations, visuals, strict=True):
                 if not len(continuation):
-                    results.append(torch.empty(0, self.spec.vocab_size))
+                    results.append(torch.empty(0, self.spec.vocab_size, device=self.device))
                     continue
                 if sequence is None or images or (prompt, []) != before:
                     if sequence is not None:
                         self.free(sequence)
                     sequence, before = self.new_sequence(), (prompt, images)
-                    first = self._turn([sequence], [list(prompt)], "prompts", depth, StageTimes(), [images])
+                    first = self._turn([sequence], [list(prompt)], "prompts", depth, StageTimes(self.device), [images])
                 rows = [first]
                 if len(continuation) > 1:
                     forced = [list(continuation[:-1])]
                     rows.append(
-                        self._turn([sequence], forced, "continuations", depth, StageTimes(), deep=True, all_logits=True)
+                        self._turn(
+                            [sequence],
+                            forced,
+                            "continuations",
+                            depth,
+                            StageTimes(self.device),
+                            deep=True,
+                            all_logits=True,
+                        )
                     )
                     del sequence.token_ids[
                         len(prompt) :
@@ -248,8 +249,11 @@ class PrefillModel:
         try:
             self.cache.grow(sequences, [len(prompt) for prompt in prompts])
             runs = [(sequence, 0, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
-            batch = ForwardBatch(runs, self.rope, self.spec.bidirectional_images)
-            hidden = self._embed([token for prompt in prompts for token in prompt], batch)
+            batch = self._batch(runs)
+            inputs = {"token_ids": torch.tensor([token for prompt in prompts for token in prompt])}
+            inputs = to_device(inputs | batch.integers(), self.device)
+            batch.ready(inputs, self.rope)
+            hidden = self._embed(inputs["token_ids"], batch)
             for layer in range(self.spec.num_layers):
                 yield hidden
                 hidden = self._add_visual(layer, self._layer(layer, hidden, batch), batch)
@@ -307,47 +311,60 @@ class PrefillModel:
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
     def _forward(self, pieces: list[SequenceChunk], depth: int, times: StageTimes) -> Tensor:
-        """One pass over the tokens of `pieces`; returns the logits wanted of them, [rows, vocabulary] float32."""
-        clock = time.perf_counter()
-        spec, weights = self.spec, self.weights
+        """One pass over the tokens of `pieces`; returns the logits wanted of them, [rows, vocabulary] float32.
+
+        All integers are made on the host first, and go to the device in one copy.
+        """
+        times.start()
+        spec = self.spec
         depth = min(depth, spec.num_layers - 1)  # exact: shallow tokens need the last layer's keys and values only
         token_ids = [token for p in pieces for token in p.sequence.token_ids[p.start : p.end]]
-        deep_runs = [(p, start, end) for p in pieces for start, end in p.deep_runs()]
-        num_deep = sum(end - start for _, start, end in deep_runs)
+        batch = self._batch([(p.sequence, p.start, p.end) for p in pieces])
+        deep, deep_runs, logits_rows = _deep_rows(pieces)
+        truncated = len(deep) < len(token_ids)
+        deep_batch = self._batch(deep_runs) if truncated and deep_runs else None
 
-        batch = ForwardBatch([(p.sequence, p.start, p.end) for p in pieces], self.rope, spec.bidirectional_images)
-        hidden = self._embed(token_ids, batch)
+        inputs = {"token_ids": torch.tensor(token_ids), "logits_rows": torch.tensor(logits_rows, dtype=torch.int64)}
+        if truncated:
+            inputs["deep"] = torch.tensor(deep, dtype=torch.int64)
+            inputs["shallow_slots"] = batch.slot_mapping.index_fill(0, inputs["deep"], -1)
+            if self._features(depth) is not None:
+                inputs["previous"] = _previous_rows(batch.cu_seqlens_q)
+        inputs |= batch.integers()
+        if deep_batch is not None:
+            inputs |= deep_batch.integers("deep_")
+        inputs = to_device(inputs, self.device)
+        batch.ready(inputs, self.rope)
+
+        hidden = self._embed(inputs["token_ids"], batch)
         for layer in range(depth):
             hidden = self._add_visual(layer, self._layer(layer, hidden, batch), batch)
-        clock = times.add("truncated_prefill", clock)
+        times.end("truncated_prefill")
 
         before = [piece.sequence.last_hidden for piece in pieces]
         if self._features(depth) is not None:
             for piece, last in zip(pieces, hidden[batch.cu_seqlens_q[1:].long() - 1], strict=True):
                 piece.sequence.last_hidden = last
-        if num_deep < len(token_ids):
-            offsets = dict(zip(map(id, pieces), batch.cu_seqlens_q.tolist(), strict=False))
-            deep = torch.cat(
-                [torch.arange(start, end) + (offsets[id(p)] - p.start) for p, start, end in deep_runs]
-                or [torch.empty(0).long()]
-            )
-            self._project(depth, hidden, before, batch, batch.slot_mapping.index_fill(0, deep, -1))
-            clock = times.add("projection", clock)
-            if not deep_runs:
-                return torch.empty(0, spec.vocab_size)
-            runs = [(p.sequence, start, end) for p, start, end in deep_runs]
-            hidden, batch = hidden[deep], ForwardBatch(runs, self.rope, spec.bidirectional_images)
-
+        if truncated:
+            self._project(depth, hidden, before, batch, inputs["shallow_slots"], inputs.get("previous"))
+            times.end("projection")
+            if deep_batch is None:
+                return torch.empty(0, spec.vocab_size, device=self.device)
+            deep_batch.ready(inputs, self.rope, "deep_")
+            hidden, batch = hidden[inputs["deep"]], deep_batch
         for layer in range(depth, spec.num_layers):
             hidden = self._layer(layer, hidden, batch)
-        rows, count = [], 0
-        for piece, start, end in deep_runs:
-            rows += range(count + max(piece.logits_start - start, 0), count + end - start)
-            count += end - start
-        hidden = pop.rms_norm(hidden[rows], weights.final_norm, spec.rms_norm_eps)
-        logits = pop.linear(hidden, weights.lm_head, out_dtype=torch.float32)
-        times.add("boundary", clock)
+        logits = self._logits(hidden if len(logits_rows) == len(hidden) else hidden[inputs["logits_rows"]])
+        times.end("boundary")
         return logits
+
+    def _batch(self, runs: list[tuple[Sequence, int, int]]) -> ForwardBatch:
+        return ForwardBatch(runs, self.rope.axes is not None, self.spec.bidirectional_images)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, D] after the last layer -> [rows, vocabulary] float32."""
+        hidden = pop.rms_norm(hidden, self.weights.final_norm, self.spec.rms_norm_eps)
+        return pop.linear(hidden, self.weights.lm_head, out_dtype=torch.float32)
 
     def _features(self, depth: int) -> Tensor | None:
         """What projections at `depth` take of the token before, [rank, D] as in `Calibration`; None: nothing."""
@@ -357,22 +374,26 @@ class PrefillModel:
         return features if len(features) else None
 
     def _project(
-        self, depth: int, hidden: Tensor, before: list[Tensor | None], batch: ForwardBatch, slot_mapping: Tensor
+        self,
+        depth: int,
+        hidden: Tensor,
+        before: list[Tensor | None],
+        batch: ForwardBatch,
+        slot_mapping: Tensor,
+        previous: Tensor | None,
     ) -> None:
         """Keys and values of the layers from `depth` up, projected from hidden [T, D] and the hidden state [D] before
-        each run of tokens (None where its first is deep), to the cache.
+        each run of tokens (None where its first is deep), to the cache. previous: `_previous_rows`.
         """
         weights, features = self.weights, self._features(depth)
         own = self.calibration is None or depth == self.spec.num_layers - 1  # whose input is exact
         if features is not None:
             rows = torch.stack([hidden[0] if row is None else row for row in before])
             x = pop.rms_norm(torch.cat([rows, hidden]), self._no_gain, self.spec.rms_norm_eps)
-            previous = torch.arange(len(rows) - 1, len(x) - 1)
-            previous[batch.cu_seqlens_q[:-1].long()] = torch.arange(len(rows))
             hidden = torch.cat([x[len(rows) :], pop.linear(x, features)[previous]], 1)
         pop.project_kv(
             hidden,
-            weights.projection[depth:] if own else self.calibration.at(depth)[0],
+            weights.projections_from(depth) if own else self.calibration.at(depth)[0],
             None if weights.projection_bias is None else weights.projection_bias[depth:],
             None if self.k_norms is None else self.k_norms[depth:],
             self.spec.rms_norm_eps,
@@ -384,11 +405,9 @@ class PrefillModel:
             self.cache.values[depth:],
         )
 
-    def _embed(self, token_ids: list[int], batch: ForwardBatch) -> Tensor:
+    def _embed(self, token_ids: Tensor, batch: ForwardBatch) -> Tensor:
         """The hidden states [T, D] before layer 0: embeddings, and for the tokens of images their features."""
-        hidden = embedding(torch.tensor(token_ids), self.weights.embedding)
-        if self.spec.embedding_scale != 1:
-            hidden *= self.spec.embedding_scale
+        hidden = pop.embedding(token_ids, self.weights.embedding, self.spec.embedding_scale)
         if batch.visual_features is not None:
             hidden[batch.visual_rows] = batch.visual_features[0]
         return hidden
@@ -452,3 +471,25 @@ class PrefillModel:
                 )
         if len({id(s) for s in sequences}) < len(sequences):
             raise ValueError("sequences has the same conversation twice, expected different ones")
+
+
+def _deep_rows(pieces: list[SequenceChunk]) -> tuple[list[int], list[tuple[Sequence, int, int]], list[int]]:
+    """Which rows of a forward pass are deep, the runs that they make, and which of them logits are wanted of."""
+    deep, runs, wanted, offset = [], [], [], 0
+    for piece in pieces:
+        for start, end in piece.deep_runs():
+            wanted += range(len(deep) + max(piece.logits_start - start, 0), len(deep) + end - start)
+            deep += range(offset + start - piece.start, offset + end - piece.start)
+            runs.append((piece.sequence, start, end))
+        offset += piece.end - piece.start
+    return deep, runs, wanted
+
+
+def _previous_rows(cu_seqlens_q: Tensor) -> Tensor:
+    """For each token of a pass, where the token before it is among the tokens before the runs and then those of the
+    pass: [T] int64.
+    """
+    runs, tokens = len(cu_seqlens_q) - 1, int(cu_seqlens_q[-1])
+    previous = torch.arange(runs - 1, runs + tokens - 1)
+    previous[cu_seqlens_q[:-1].long()] = torch.arange(runs)
+    return previous

@@ -182,7 +182,7 @@ def sample(probabilities: torch.Tensor, generator: torch.Generator) -> int:
     torch.multinomial draws one for every entry of the vocabulary, which takes as long as a small model does.
     """
     sums = probabilities[0].cumsum(0, dtype=torch.float64)
-    point = torch.rand((), generator=generator, dtype=torch.float64, device=sums.device) * sums[-1]
+    point = torch.rand((), generator=generator, dtype=torch.float64).to(sums.device) * sums[-1]
     if not point.isfinite():
         raise ValueError("no token can be sampled: the scores are not finite or every token is ruled out")
     return int(

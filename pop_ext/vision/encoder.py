@@ -33,12 +33,13 @@ from .spans import ImageSpan
 class Vision:
     """The vision tower of a model, and its processing. ValueError and CheckpointError name what is wrong."""
 
-    def __init__(self, folder: Path, config, spec: ModelSpec, dtype: torch.dtype):
-        self.folder, self.config, self.dtype = Path(folder), config, dtype
+    def __init__(self, folder: Path, config, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        self.folder, self.config, self.dtype, self.device = Path(folder), config, dtype, torch.device(device)
         self.image_token_id = config.image_token_id
         self.video_token_id = getattr(config, "video_token_id", None)
         self.is_gemma = spec.vision_type == "gemma3"
-        self.modules = _load_modules(self.folder, config, spec, dtype)
+        modules = _load_modules(self.folder, config, spec, dtype)
+        self.modules = {name: module.to(self.device) for name, module in modules.items()}
         self.image_processor = load_image_processor(self.folder, config, self.is_gemma)
         self.video_settings = None if self.is_gemma else load_video_settings(self.folder, config)
 
@@ -181,14 +182,14 @@ class Vision:
     @torch.no_grad()
     def encode(self, media: Media) -> list[ImageSpan]:
         """Runs the vision tower: an ImageSpan for each of its spans, features [1 + d, tokens, D] in `dtype`."""
-        pixels = media.pixel_values.to(self.dtype)
+        pixels = media.pixel_values.to(self.dtype).to(self.device)
         if self.is_gemma:
             hidden = self.modules["vision_tower"](pixel_values=pixels).last_hidden_state
             parts, grid = self.modules["multi_modal_projector"](hidden).unsqueeze(1), None
         else:
             merge = self.config.vision_config.spatial_merge_size
             time, rows, columns = media.grid_thw
-            output = self.modules["visual"](pixels, grid_thw=torch.tensor([media.grid_thw]))
+            output = self.modules["visual"](pixels, grid_thw=torch.tensor([media.grid_thw], device=self.device))
             features = torch.stack([output.pooler_output, *output.deepstack_features])
             parts, grid = features.unflatten(1, (time, -1)).transpose(0, 1), (rows // merge, columns // merge)
         return [ImageSpan(*span, grid, part) for span, part in zip(media.spans, parts, strict=True)]
