@@ -37,7 +37,7 @@ def without_layers(model: Model, removed: range | list[int]) -> Model:
     )
     variant.rope_index = model.rope_index[kept]
     variant.k_norms = None if model.k_norms is None else model.k_norms[kept]
-    variant.calibration, variant.prefill_depth = None, 1.0
+    variant.calibration, variant.prefill_depth, variant.decode_buffers = None, 1.0, {}
     variant.cache = KVCache(len(kept), spec.num_kv_heads, spec.head_dim, model.max_cache_tokens, model.dtype)
     return variant
 
@@ -48,7 +48,7 @@ class SpeedBaseline(Model):
     """
 
     def __init__(self, model: Model):
-        self.__dict__.update(vars(model), calibration=None)
+        self.__dict__.update(vars(model), calibration=None, decode_buffers={})
         self._hidden, self._depth = range(0), model.spec.num_layers  # positions that layers from _depth up do not see
 
     def _turn(self, sequences, prompts, name, depth, times, visuals=None, *, deep=False, all_logits=False) -> Tensor:

@@ -69,8 +69,22 @@ class ForwardBatch:
         for name in self.INTEGERS:
             if prefix + name in values:
                 setattr(self, name, values[prefix + name])
-        self.cos, self.sin = rope(self.positions)
-        self.angles = list(zip(self.cos, self.sin, strict=True))
+        self.turn(rope(self.positions))
+
+    def turn(self, angles: tuple[Tensor, Tensor] | Tensor) -> None:
+        """Takes cos and sin, each [ropes, T, E / 2]."""
+        self.cos, self.sin = angles[0], angles[1]
+        self.angles = [(self.cos[rope], self.sin[rope]) for rope in range(len(self.cos))]
+
+    @classmethod
+    def of_step(
+        cls, block_tables: Tensor, cu_seqlens_q: Tensor, seqlens_k: Tensor, slot_mapping: Tensor, context: int
+    ) -> ForwardBatch:
+        """A decode step's, of one token a sequence and at most `context` of each; all of it is on the device."""
+        batch = cls.__new__(cls)
+        batch.block_tables, batch.cu_seqlens_q, batch.seqlens_k = block_tables, cu_seqlens_q, seqlens_k
+        batch.slot_mapping, batch.max_seqlen_q, batch.max_seqlen_k, batch.spans = slot_mapping, 1, context, None
+        return batch
 
 
 def _spans(runs: list[tuple[Sequence, int, int]], width: int) -> Tensor | None:

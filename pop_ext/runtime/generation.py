@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from .checks import check_integer
+from .device_generation import decode_on_device
 from .model import PrefillModel
 from .prompts import encode_prompt, media_lists, prompt_list
 from .sampling import TransformersRules
@@ -170,6 +171,12 @@ class Model(PrefillModel):
             vision = time.perf_counter() - clock if any(media) else 0.0
             sequences = [row.sequence for row in rows]
             logits, stages = self.prefill(sequences, prompt_ids, visuals=visuals, prefill_depth=prefill_depth)
+            if self.device.type != "cpu":
+                times = GenerationTimes(vision)
+                decode_on_device(self, rules, rows, logits, streamer, return_logprobs, times, start)
+                for stage in stages.STAGES:
+                    setattr(times, stage, getattr(stages, stage))
+                return times
             times = GenerationTimes(vision, stages.truncated_prefill, stages.projection, stages.boundary)
             tokens = rules.choose(rows, logits, return_logprobs)
             first = time.perf_counter()

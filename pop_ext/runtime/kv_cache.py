@@ -89,6 +89,12 @@ class KVCache:
         for sequence, count in zip(sequences, counts, strict=True):
             sequence.blocks += [self.free_blocks.pop() for _ in range(count)]
 
+    def shrink(self, sequence: Sequence, length: int) -> None:
+        """Takes back the blocks that a sequence of `length` tokens has no use for."""
+        count = -(-length // BLOCK_SIZE)
+        self.free_blocks += reversed(sequence.blocks[count:])
+        del sequence.blocks[count:]
+
     def free(self, sequence: Sequence) -> None:
         self.free_blocks += reversed(sequence.blocks)
         sequence.blocks, sequence.num_cached, sequence.cache = [], 0, None

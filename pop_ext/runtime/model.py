@@ -84,6 +84,7 @@ class PrefillModel:
         self.tokenizer = load_tokenizer(folder)
         self.vision = Vision(folder, self.config, self.spec, dtype, self.device) if self.spec.vision_type else None
         self.generation_config = load_generation_config(folder, self.config)
+        self.decode_buffers, self.cuda_graphs = {}, True  # on a GPU: see `decoding`
         self.cache = KVCache(
             self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, capacity, dtype, self.device
         )
@@ -360,6 +361,10 @@ class PrefillModel:
 
     def _batch(self, runs: list[tuple[Sequence, int, int]]) -> ForwardBatch:
         return ForwardBatch(runs, self.rope.axes is not None, self.spec.bidirectional_images)
+
+    def rope_tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position that a cached token may have."""
+        return self.rope.tables(min(self.max_cache_tokens + BLOCK_SIZE, self.spec.max_position_embeddings))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, D] after the last layer -> [rows, vocabulary] float32."""

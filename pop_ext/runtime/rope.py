@@ -24,6 +24,15 @@ class RotaryEmbedding:
         inv_freq, scaling, axes = rope_frequencies(config)
         self.inv_freq, self.scaling = inv_freq.to(device), scaling.to(device)[:, None, None]
         self.axes = None if axes is None else axes.to(device)
+        self._tables = None
+
+    def tables(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the positions from 0 to `count`, which all axes share: each [ropes, count, E/2] float32, made
+        once.
+        """
+        if self._tables is None or self._tables[0].shape[1] < count:
+            self._tables = self(torch.arange(count, device=self.inv_freq.device))
+        return self._tables
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [T] int64, with multimodal RoPE also [3, T] -> cos, sin, each [ropes, T, E/2] float32."""

@@ -6,12 +6,23 @@ private methods.
 """
 
 import copy
+import math
 import warnings
 from dataclasses import dataclass, field
 
 import torch
 import transformers
-from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from .checks import check_integer, type_name
 
@@ -51,6 +62,21 @@ UNSUPPORTED_SETTINGS = {
     "output_logits": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
+}
+
+
+# What `pop.sample` does itself, in its order.
+KNOWN_PROCESSORS = {
+    kind: order
+    for order, kind in enumerate(
+        (
+            RepetitionPenaltyLogitsProcessor,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+            MinPLogitsWarper,
+        )
+    )
 }
 
 
@@ -170,9 +196,38 @@ class TransformersRules(transformers.GenerationMixin):
         scores = row.processors(row.ids, logits)
         return sample(scores.softmax(-1), row.generator) if self.do_sample else _argmax(scores)[0]
 
-    def is_finished(self, row: Row) -> bool:
+    def batched(self, row: Row) -> tuple[str, list[float] | None]:
+        """How `pop.sample` chooses as `choose` would: "greedy"; "sample" with a row of settings; or "logits", where
+        there are processors that it does not know.
+        """
+        if not row.processors and not self.do_sample:
+            return "greedy", None
+        settings, last = [1.0 if self.do_sample else 0.0, 0.0, 1.0, 0.0, 1.0], -1
+        for processor in row.processors:
+            order = KNOWN_PROCESSORS.get(type(processor), -1)
+            plain = (
+                getattr(processor, "prompt_ignore_length", None) is None
+                and getattr(processor, "filter_value", -math.inf) == -math.inf
+                and (getattr(processor, "min_tokens_to_keep", 1) == 1)
+            )
+            if order <= last or not plain or (order > 0 and not self.do_sample):
+                return "logits", None
+            last = order
+            index, name = (
+                (4, "penalty") if order == 0 else (order - 1, ("temperature", "top_k", "top_p", "min_p")[order - 1])
+            )
+            settings[index] = float(getattr(processor, name))
+        return "sample", settings
+
+    def scores(self, rows: list[Row], logits: list[torch.Tensor]) -> torch.Tensor:
+        """What the processors make of each row's logits [1, V]: [rows, V]."""
+        return torch.cat([row.processors(row.ids, x.clone()) for row, x in zip(rows, logits, strict=True)])
+
+    def is_finished(self, row: Row, ids: torch.Tensor | None = None) -> bool:
+        """ids: the conversation where it is not `row.ids`."""
         # the criteria are always asked: some count or watch the tokens that they are shown
-        stopped = bool(self.criteria(row.ids, None).any()) if self.criteria else False
+        ids = row.ids if ids is None else ids
+        stopped = bool(self.criteria(ids, None).any()) if self.criteria else False
         return stopped or len(row.tokens) >= row.max_new_tokens or row.tokens[-1] in self.eos_tokens
 
 
