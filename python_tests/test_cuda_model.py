@@ -1,4 +1,4 @@
-"""Whole models whose every operation runs CUDA kernels, on the GPU or the software CUDA device, against the CPU's."""
+"""Whole models whose every operation runs CUDA kernels, on the GPU or the PTX emulator, against the CPU's."""
 
 from __future__ import annotations
 

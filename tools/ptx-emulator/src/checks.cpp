@@ -5,7 +5,7 @@
 
 #include "schedule.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 namespace {
 
@@ -62,22 +62,22 @@ bool parse_schedule(const char* name, Schedule& schedule) {
   return false;
 }
 
-LookSettings& look_settings() {
-  static LookSettings settings = [] {
-    LookSettings s;
+LaunchSettings& launch_settings() {
+  static LaunchSettings settings = [] {
+    LaunchSettings s;
     const auto read = [](const char* name) -> const char* {
       const char* value = std::getenv(name);
       return value && *value ? value : nullptr;
     };
-    if (const char* names = read("POP_EMULATOR_CHECK"); names && !parse_checks(names, s.checks))
-      std::fprintf(stderr, "pop emulator: POP_EMULATOR_CHECK is '%s': expected memory, init, race, barrier, or all\n",
+    if (const char* names = read("PTX_EMULATOR_CHECK"); names && !parse_checks(names, s.checks))
+      std::fprintf(stderr, "PTX emulator: PTX_EMULATOR_CHECK is '%s': expected memory, init, race, barrier, or all\n",
                    names),
           s.checks = kCheckAll;
-    if (const char* name = read("POP_EMULATOR_SCHEDULE"); name && !parse_schedule(name, s.schedule))
-      std::fprintf(stderr, "pop emulator: POP_EMULATOR_SCHEDULE is '%s': expected roundrobin, random or adversarial\n",
+    if (const char* name = read("PTX_EMULATOR_SCHEDULE"); name && !parse_schedule(name, s.schedule))
+      std::fprintf(stderr, "PTX emulator: PTX_EMULATOR_SCHEDULE is '%s': expected roundrobin, random or adversarial\n",
                    name);
-    if (const char* seed = read("POP_EMULATOR_SEED")) s.seed = std::strtoull(seed, nullptr, 0);
-    s.count = read("POP_EMULATOR_COUNT") != nullptr;
+    if (const char* seed = read("PTX_EMULATOR_SEED")) s.seed = std::strtoull(seed, nullptr, 0);
+    s.count = read("PTX_EMULATOR_COUNT") != nullptr;
     if (s.checks) Memory::instance().track(true);
     return s;
   }();
@@ -86,11 +86,11 @@ LookSettings& look_settings() {
 
 namespace {
 // From the environment before anything is allocated.
-[[maybe_unused]] const bool settings_are_read = (look_settings(), true);
+[[maybe_unused]] const bool settings_are_read = (launch_settings(), true);
 }  // namespace
 
 bool host_reads(const void* base, size_t bytes, const char* who) {
-  if (!(look_settings().checks & kCheckInit)) return true;
+  if (!(launch_settings().checks & kCheckInit)) return true;
   const Memory& memory = Memory::instance();
   const void* const at = memory.first_unwritten(base, bytes);
   if (!at) return true;
@@ -122,8 +122,8 @@ bool meet(const Extent& a, const Extent& b) {
 Spot spot_of_work(const Work& work, uint32_t warp, uint32_t instruction, uint32_t lane);
 }  // namespace
 
-void look_at_copy(const std::string& what, std::vector<Extent> extents) {
-  if (!(look_settings().checks & kCheckRace)) return;
+void check_transfer(const std::string& what, std::vector<Extent> extents) {
+  if (!(launch_settings().checks & kCheckRace)) return;
   Memory& memory = Memory::instance();
   // What the host owns is read and written before the call returns.
   std::erase_if(extents, [&](const Extent& e) { return !memory.find(reinterpret_cast<void*>(e.base)); });
@@ -179,7 +179,7 @@ void look_at_copy(const std::string& what, std::vector<Extent> extents) {
   StreamOrder::instance().done(std::move(work));
 }
 
-Looks::Looks(const LaunchRequest& request, uint32_t warps, const LookSettings& given)
+LaunchChecker::LaunchChecker(const LaunchRequest& request, uint32_t warps, const LaunchSettings& given)
     : settings(given),
       kernel_(*request.kernel),
       grid_(request.grid),
@@ -201,23 +201,24 @@ Looks::Looks(const LaunchRequest& request, uint32_t warps, const LookSettings& g
   refresh();
 }
 
-void Looks::set_memory(const void* parameters, size_t parameter_bytes, const void* workspace, size_t workspace_bytes) {
+void LaunchChecker::set_memory(const void* parameters, size_t parameter_bytes, const void* workspace,
+                               size_t workspace_bytes) {
   parameters_ = reinterpret_cast<uintptr_t>(parameters), parameter_bytes_ = parameter_bytes;
   workspace_ = reinterpret_cast<uintptr_t>(workspace), workspace_bytes_ = workspace_bytes;
 }
 
-Looks::~Looks() {
+LaunchChecker::~LaunchChecker() {
   if (counts_) counts_->finish();
 }
 
-void Looks::refresh() {
+void LaunchChecker::refresh() {
   Memory& memory = Memory::instance();
   version_ = memory.version();
   regions_ = memory.regions();
   last_region_ = nullptr;
 }
 
-Region* Looks::find_region(uintptr_t address) {
+Region* LaunchChecker::find_region(uintptr_t address) {
   if (version_ != Memory::instance().version()) refresh();  // a kernel may free memory, too
   if (last_region_ && address - last_region_->base < last_region_->bytes) return last_region_;
   auto at = std::upper_bound(regions_.begin(), regions_.end(), address,
@@ -228,8 +229,8 @@ Region* Looks::find_region(uintptr_t address) {
   return last_region_ = region;
 }
 
-void Looks::begin_block(BlockLook& b, uint64_t index, Dim3 id, std::vector<std::unique_ptr<Warp>>& warps,
-                        uint8_t* shared, uint32_t shared_bytes) {
+void LaunchChecker::begin_block(BlockShadow& b, uint64_t index, Dim3 id, std::vector<std::unique_ptr<Warp>>& warps,
+                                uint8_t* shared, uint32_t shared_bytes) {
   b.launch = this;
   b.index = static_cast<uint32_t>(index);
   begun_[index] = true;
@@ -248,19 +249,19 @@ void Looks::begin_block(BlockLook& b, uint64_t index, Dim3 id, std::vector<std::
   start_ = clock;
   if (b.warps.empty())
     for (auto& w : warps) {
-      b.warps.push_back(std::make_unique<WarpLook>());
-      WarpLook& l = *b.warps.back();
-      l.block = &b, l.warp = w.get(), w->look = &l;
+      b.warps.push_back(std::make_unique<WarpShadow>());
+      WarpShadow& l = *b.warps.back();
+      l.block = &b, l.warp = w.get(), w->shadow = &l;
       if (w->local_stride) l.local_unwritten = aligned_bytes(size_t{w->local_stride} * kLanes);
     }
   for (size_t k = 0; k < warps.size(); ++k) {
-    WarpLook& l = *b.warps[k];
+    WarpShadow& l = *b.warps[k];
     l.id = b.first_warp + static_cast<uint32_t>(k);
     l.clock = 1;
     for (ClockRef& c : l.clocks) c = start_;
     l.syncs.reset();
     std::fill(std::begin(l.committed), std::end(l.committed), 0);
-    l.pending.clear(), l.landings.clear(), l.barriers.clear();
+    l.pending.clear(), l.pending_copies.clear(), l.barriers.clear();
     l.priority = random_();
     new_frame(*warps[k], *warps[k]->entry, kAllLanes);
   }
@@ -269,9 +270,9 @@ void Looks::begin_block(BlockLook& b, uint64_t index, Dim3 id, std::vector<std::
 // Places and reports.
 
 namespace {
-const Look* look_in(const Kernel& kernel, uint32_t instruction, const Code** code) {
+const InstructionEffects* effects_in(const Kernel& kernel, uint32_t instruction, const Code** code) {
   for (const Code* c : kernel.ordered_codes)
-    if (instruction - c->first_id < c->looks.size()) return *code = c, &c->looks[instruction - c->first_id];
+    if (instruction - c->first_id < c->effects.size()) return *code = c, &c->effects[instruction - c->first_id];
   return nullptr;
 }
 
@@ -280,9 +281,9 @@ Spot spot_in(const Kernel& kernel, Dim3 grid, Dim3 block, uint32_t warp, uint32_
   Spot s;
   s.kernel = kernel.name;
   const Code* code = nullptr;
-  const Look* look = instruction == kNoInstruction ? nullptr : look_in(kernel, instruction, &code);
-  if (look) {
-    const Statement& st = code->function->statements[code->instructions[look->id - code->first_id].statement];
+  const InstructionEffects* effects = instruction == kNoInstruction ? nullptr : effects_in(kernel, instruction, &code);
+  if (effects) {
+    const Statement& st = code->function->statements[code->instructions[effects->id - code->first_id].statement];
     s.line = st.line, s.text = st.text, s.source_line = st.source_line;
     if (st.source_line) s.source = source_file(kernel, st.source_file);
   }
@@ -306,14 +307,16 @@ Spot spot_of_work(const Work& work, uint32_t warp, uint32_t instruction, uint32_
 }
 }  // namespace
 
-Spot Looks::spot_of(uint32_t warp, uint32_t instruction, uint32_t lane) const {
+Spot LaunchChecker::spot_of(uint32_t warp, uint32_t instruction, uint32_t lane) const {
   return spot_in(kernel_, grid_, block_, warp - first_warp_, instruction, lane);
 }
 
-Spot Looks::spot(const Warp& w, const Look& look, uint32_t lane) const { return spot_of(w.look->id, look.id, lane); }
+Spot LaunchChecker::spot(const Warp& w, const InstructionEffects& effects, uint32_t lane) const {
+  return spot_of(w.shadow->id, effects.id, lane);
+}
 
 // Whether this pair of instructions has not been reported by that rule in this launch.
-bool Looks::once(uint32_t rule, uint32_t instruction, uint32_t other) {
+bool LaunchChecker::once(uint32_t rule, uint32_t instruction, uint32_t other) {
   return reported_.insert(uint64_t{rule} << 56 | uint64_t{instruction & 0xfffffff} << 28 | (other & 0xfffffff)).second;
 }
 
@@ -334,24 +337,25 @@ enum Rule : uint32_t {
 const char* space_name(Space s) { return s == Space::kShared ? "shared" : s == Space::kLocal ? "local" : "global"; }
 }  // namespace
 
-void Looks::report(const char* rule, std::string message, const Warp& w, const Look& look, uint32_t lane,
-                   uint64_t address, const char* space, const Region* region) {
+void LaunchChecker::report(const char* rule, std::string message, const Warp& w, const InstructionEffects& effects,
+                           uint32_t lane, uint64_t address, const char* space, const Region* region) {
   Finding f;
   f.rule = rule, f.message = std::move(message);
-  f.spot = spot(w, look, lane);
+  f.spot = spot(w, effects, lane);
   f.address = address, f.space = space;
   if (region) f.allocation = region_name(*region);
   Findings::instance().add(std::move(f));
 }
 
-void Looks::deadlock(const std::string& message, const Warp& w, const Fragment& fragment) {
+void LaunchChecker::deadlock(const std::string& message, const Warp& w, const ConvergenceGroup& group) {
   if (!(settings.checks & kCheckBarrier)) return;
-  for (const WarpLook::Parted& p : w.look->barriers) divergent(const_cast<Warp&>(w), *p.look, p.missing, p.arrived);
+  for (const WarpShadow::Parted& p : w.shadow->barriers)
+    divergent(const_cast<Warp&>(w), *p.effects, p.missing, p.arrived);
   Finding f;
   f.rule = "deadlock", f.message = message;
-  const auto& looks = fragment.frame->code->looks;
+  const auto& effects = group.frame->code->effects;
   f.spot.kernel = kernel_.name;
-  if (fragment.pc < looks.size()) f.spot = spot(w, looks[fragment.pc], first(fragment.mask));
+  if (group.pc < effects.size()) f.spot = spot(w, effects[group.pc], first(group.mask));
   Findings::instance().add(std::move(f));
 }
 
@@ -359,11 +363,11 @@ void Looks::deadlock(const std::string& message, const Warp& w, const Fragment& 
 // lanes in which it was never written; which arithmetic instruction first used such a value (0: it was only copied);
 // and which load brought it.
 
-uint32_t* Looks::shadow(const Warp& w, uint32_t slot, int which) const {
+uint32_t* LaunchChecker::shadow(const Warp& w, uint32_t slot, int which) const {
   return w.frame->shadow + static_cast<size_t>(which) * (w.frame->code->frame_bytes / 4) + (slot >> 2);
 }
 
-uint32_t Looks::bad(const Warp& w, const LaneSlot& s) const {
+uint32_t LaunchChecker::bad(const Warp& w, const LaneSlot& s) const {
   if (s.slot == kNever) return 0;
   const uint32_t* b = shadow(w, s.slot, 0);
   uint32_t all = b[0];
@@ -371,7 +375,8 @@ uint32_t Looks::bad(const Warp& w, const LaneSlot& s) const {
   return all;
 }
 
-void Looks::set(Warp& w, const LaneSlot& s, uint32_t lanes, uint32_t bad_lanes, uint32_t origin, uint32_t loaded) {
+void LaunchChecker::set(Warp& w, const LaneSlot& s, uint32_t lanes, uint32_t bad_lanes, uint32_t origin,
+                        uint32_t loaded) {
   if (s.slot == kNever) return;
   uint32_t* b = shadow(w, s.slot, 0);
   for (uint32_t k = 0; k < std::max<uint32_t>(s.bytes, 1); ++k) b[k] = (b[k] & ~lanes) | (bad_lanes & lanes);
@@ -379,30 +384,31 @@ void Looks::set(Warp& w, const LaneSlot& s, uint32_t lanes, uint32_t bad_lanes, 
 }
 
 // Something outside of the registers depends on the value. `copies`: a value that was only copied may pass.
-void Looks::observe(Warp& w, const Look& look, const LaneSlot& s, uint32_t lanes, const char* what, bool copies) {
+void LaunchChecker::observe(Warp& w, const InstructionEffects& effects, const LaneSlot& s, uint32_t lanes,
+                            const char* what, bool copies) {
   const uint32_t found = bad(w, s) & lanes;
   if (!found) return;
   const uint32_t origin = *shadow(w, s.slot, 1), loaded = *shadow(w, s.slot, 2);
   if (copies && !origin) return;
-  const uint32_t at = origin ? origin - 1 : look.id, lane = first(found);
+  const uint32_t at = origin ? origin - 1 : effects.id, lane = first(found);
   if (once(kUninit, at, 0)) {
     Finding f;
     f.rule = "uninitialized";
-    f.spot = spot_of(w.look->id, at, lane);
+    f.spot = spot_of(w.shadow->id, at, lane);
     f.space = loaded ? "memory" : "register";
     f.message = std::string("a value that was never written ") + (loaded ? "(it was loaded) " : "") + "is " +
                 (origin ? "computed with, and the result is " : "") + what;
     if (loaded)
-      f.second_role = "loaded at", f.second = spot_of(w.look->id, loaded - 1, lane);
-    else if (origin && at != look.id)
-      f.second_role = "came to light at", f.second = spot(w, look, lane);
+      f.second_role = "loaded at", f.second = spot_of(w.shadow->id, loaded - 1, lane);
+    else if (origin && at != effects.id)
+      f.second_role = "came to light at", f.second = spot(w, effects, lane);
     Findings::instance().add(std::move(f));
   }
   uint32_t* b = shadow(w, s.slot, 0);
   for (uint32_t k = 0; k < std::max<uint32_t>(s.bytes, 1); ++k) b[k] &= ~found;
 }
 
-void Looks::new_frame(Warp& w, Frame& frame, uint32_t lanes) {
+void LaunchChecker::new_frame(Warp& w, Frame& frame, uint32_t lanes) {
   if (!(settings.checks & kCheckInit)) return;
   const Code& code = *frame.code;
   if (!frame.shadow) {
@@ -417,39 +423,39 @@ void Looks::new_frame(Warp& w, Frame& frame, uint32_t lanes) {
     }
   if (w.local_stride)
     for (uint32_t m = lanes; m; m &= m - 1)
-      std::memset(w.look->local_unwritten.get() + size_t{first(m)} * w.local_stride + frame.local_base, 0xff,
+      std::memset(w.shadow->local_unwritten.get() + size_t{first(m)} * w.local_stride + frame.local_base, 0xff,
                   std::min(code.local_bytes, w.local_stride - frame.local_base));
 }
 
-void Looks::copy_local(Warp& w, uint32_t lane, uint32_t to, uint32_t from, uint32_t bytes) {
-  uint8_t* l = w.look->local_unwritten.get();
+void LaunchChecker::copy_local(Warp& w, uint32_t lane, uint32_t to, uint32_t from, uint32_t bytes) {
+  uint8_t* l = w.shadow->local_unwritten.get();
   if (l) std::memmove(l + size_t{lane} * w.local_stride + to, l + size_t{lane} * w.local_stride + from, bytes);
 }
 
-void Looks::system_reads(Warp& w, uint32_t lane, uint64_t address, uint32_t bytes) {
+void LaunchChecker::system_reads(Warp& w, uint32_t lane, uint64_t address, uint32_t bytes) {
   if (!(settings.checks & kCheckInit) || !bytes) return;
   const uint8_t* unwritten = nullptr;
   if ((address & kWindowMask) == kSharedWindow)
-    unwritten = w.look->block->unwritten.data() + (address & ~kWindowMask);
+    unwritten = w.shadow->block->unwritten.data() + (address & ~kWindowMask);
   else if ((address & kWindowMask) == kLocalWindow)
-    unwritten = w.look->local_unwritten.get() + size_t{lane} * w.local_stride + (address & ~kWindowMask);
+    unwritten = w.shadow->local_unwritten.get() + size_t{lane} * w.local_stride + (address & ~kWindowMask);
   else if (Region* const r = find_region(address); r && r->unwritten.data() && r->holds(address, bytes))
     unwritten = r->unwritten.data() + (address - r->base);
   if (!unwritten || std::none_of(unwritten, unwritten + bytes, [](uint8_t b) { return b; })) return;
   const Code& code = *w.frame->code;
-  const Look& k = code.looks[static_cast<size_t>(w.current - code.instructions.data())];
+  const InstructionEffects& k = code.effects[static_cast<size_t>(w.current - code.instructions.data())];
   if (once(kUninit, k.id, 2))
     report("uninitialized", "a value that was never written is used by a system function", w, k, lane, address,
            (address & kWindowMask) == kLocalWindow ? "local" : "global", nullptr);
 }
 
-void Looks::write_local(Warp& w, uint32_t lane, uint32_t at, uint32_t bytes) {
-  uint8_t* l = w.look->local_unwritten.get();
+void LaunchChecker::write_local(Warp& w, uint32_t lane, uint32_t at, uint32_t bytes) {
+  uint8_t* l = w.shadow->local_unwritten.get();
   if (l) std::memset(l + size_t{lane} * w.local_stride + at, 0, bytes);
 }
 
 // What the destinations hold after an instruction that touches no memory.
-void Looks::flow(Warp& w, const Instruction& i, const Look& k) {
+void LaunchChecker::flow(Warp& w, const Instruction& i, const InstructionEffects& k) {
   if (k.flow == Flow::kNone) return;
   const uint32_t active = w.active;
   uint32_t any = 0;
@@ -612,7 +618,7 @@ void Looks::flow(Warp& w, const Instruction& i, const Look& k) {
 
 // Never-written elements spoil the rows of A and the columns of B that they lie in (see instructions/tensor.cpp for
 // where these are), accumulators themselves.
-void Looks::flow_multiply(Warp& w, const Look& k) {
+void LaunchChecker::flow_multiply(Warp& w, const InstructionEffects& k) {
   const size_t a = static_cast<size_t>(k.k_registers_a), b = static_cast<size_t>(k.registers_b),
                tiles = static_cast<size_t>(k.m) / 8;
   uint32_t rows = 0, columns = 0, origin = 0, loaded = 0;
@@ -653,16 +659,16 @@ void Looks::flow_multiply(Warp& w, const Look& k) {
   }
 }
 
-uint8_t* Looks::unwritten(Warp& w, const Access& a, uint32_t lane, int64_t delta) const {
+uint8_t* LaunchChecker::unwritten(Warp& w, const Access& a, uint32_t lane, int64_t delta) const {
   if (a.space[lane] == Space::kShared)
-    return w.look->block->unwritten.data() ? w.look->block->unwritten.data() + a.address[lane] + delta : nullptr;
+    return w.shadow->block->unwritten.data() ? w.shadow->block->unwritten.data() + a.address[lane] + delta : nullptr;
   if (a.space[lane] == Space::kLocal)
-    return w.look->local_unwritten.get() + size_t{lane} * w.local_stride + a.address[lane] + delta;
+    return w.shadow->local_unwritten.get() + size_t{lane} * w.local_stride + a.address[lane] + delta;
   Region* const r = a.region[lane];
   return r && r->unwritten.data() ? r->unwritten.data() + (a.address[lane] - r->base) + delta : nullptr;
 }
 
-void Looks::flow_load(Warp& w, const Look& k, const Access& a) {
+void LaunchChecker::flow_load(Warp& w, const InstructionEffects& k, const Access& a) {
   if (k.destinations.empty()) return;
   for (uint32_t e = 0; e < k.elements && e < k.destinations.size(); ++e) {
     const LaneSlot& d = k.destinations[e];
@@ -689,7 +695,7 @@ void Looks::flow_load(Warp& w, const Look& k, const Access& a) {
   }
 }
 
-void Looks::flow_store(Warp& w, const Look& k, const Access& a) {
+void LaunchChecker::flow_store(Warp& w, const InstructionEffects& k, const Access& a) {
   for (uint32_t e = 0; e < k.elements; ++e) {
     const LaneSlot s = e < k.sources.size() ? k.sources[e] : LaneSlot{};
     if (s.slot != kNever) observe(w, k, s, a.lanes, "stored", true);
@@ -709,8 +715,8 @@ void Looks::flow_store(Warp& w, const Look& k, const Access& a) {
 }
 
 // ldmatrix and stmatrix: lane 4 r + t holds word t of row r (transposed: its two halves are of two rows).
-void Looks::flow_matrix(Warp& w, const Look& k, const Access& a) {
-  uint8_t* const base = w.look->block->unwritten.data();
+void LaunchChecker::flow_matrix(Warp& w, const InstructionEffects& k, const Access& a) {
+  uint8_t* const base = w.shadow->block->unwritten.data();
   const bool store = k.touch == Touch::kMatrixStore;
   const std::vector<LaneSlot>& slots = store ? k.sources : k.destinations;
   for (uint32_t e = 0; e < k.elements && e < slots.size(); ++e) {
@@ -752,7 +758,7 @@ void Looks::flow_matrix(Warp& w, const Look& k, const Access& a) {
 
 // Memory: where the lanes' accesses go, less those that must not be.
 
-bool Looks::in_frame(const Warp& w, uint32_t lane, uint64_t offset, uint32_t bytes) const {
+bool LaunchChecker::in_frame(const Warp& w, uint32_t lane, uint64_t offset, uint32_t bytes) const {
   (void)lane;
   for (const Frame* f = w.frame; f; f = f->caller)
     for (const auto& [variable, at] : f->code->local_offsets) {
@@ -762,8 +768,9 @@ bool Looks::in_frame(const Warp& w, uint32_t lane, uint64_t offset, uint32_t byt
   return false;
 }
 
-void Looks::locate(Warp& w, const Look& k, uint32_t slot, bool narrow, int64_t offset, Space space, uint32_t bytes,
-                   uint32_t lanes, const uint32_t* sizes, Access& a, uint32_t alignment) {
+void LaunchChecker::locate(Warp& w, const InstructionEffects& k, uint32_t slot, bool narrow, int64_t offset,
+                           Space space, uint32_t bytes, uint32_t lanes, const uint32_t* sizes, Access& a,
+                           uint32_t alignment) {
   a.lanes = 0, a.bytes = bytes;
   const bool check = settings.checks & kCheckMemory;
   uint32_t refused = 0;
@@ -854,15 +861,15 @@ void Looks::locate(Warp& w, const Look& k, uint32_t slot, bool narrow, int64_t o
   refused_ = refused;
 }
 
-void Looks::locate_rows(Warp& w, const Look& k, Access& a) {
+void LaunchChecker::locate_rows(Warp& w, const InstructionEffects& k, Access& a) {
   const uint32_t rows = k.elements >= 4 ? kAllLanes : (1u << (8 * k.elements)) - 1;
   locate(w, k, k.address, k.narrow, k.offset, Space::kShared, 16, rows, nullptr, a, 16);
 }
 
 // Asynchronous copies.
 
-bool Looks::async_copy(Warp& w, const Instruction& i, const Look& k) {
-  WarpLook& l = *w.look;
+bool LaunchChecker::async_copy(Warp& w, const Instruction& i, const InstructionEffects& k) {
+  WarpShadow& l = *w.shadow;
   Access to{}, from{};
   const uint32_t bytes = k.element;
   locate(w, k, k.address, k.narrow, k.offset, Space::kShared, bytes, w.active, nullptr, to, bytes);
@@ -908,13 +915,13 @@ bool Looks::async_copy(Warp& w, const Instruction& i, const Look& k) {
     }
     for (uint32_t m = same; m; m &= m - 1) {
       const uint32_t lane = first(m);
-      const Landing copy{ticket,
-                         static_cast<uint8_t>(lane),
-                         static_cast<uint8_t>(bytes),
-                         static_cast<uint8_t>(sizes[lane]),
-                         landing == 2,
-                         to.host[lane],
-                         from.host[lane]};
+      const PendingCopy copy{ticket,
+                             static_cast<uint8_t>(lane),
+                             static_cast<uint8_t>(bytes),
+                             static_cast<uint8_t>(sizes[lane]),
+                             landing == 2,
+                             to.host[lane],
+                             from.host[lane]};
       if (settings.checks & kCheckInit) {
         uint8_t* target = unwritten(w, to, lane, 0);
         const uint8_t* source = sizes[lane] ? unwritten(w, from, lane, 0) : nullptr;
@@ -925,21 +932,21 @@ bool Looks::async_copy(Warp& w, const Instruction& i, const Look& k) {
         land(l, copy);
       } else {
         if (settings.schedule == Schedule::kAdversarial) std::memset(copy.target, 0xff, bytes);
-        l.landings.push_back(copy);
+        l.pending_copies.push_back(copy);
       }
     }
   }
   return false;
 }
 
-void Looks::land(WarpLook&, const Landing& c) {
+void LaunchChecker::land(WarpShadow&, const PendingCopy& c) {
   if (c.size && !guarded([&] { std::memcpy(c.target, c.source, c.size); })) std::memset(c.target, 0, c.size);
   std::memset(c.target + c.size, 0, c.bytes - c.size);
 }
 
-void Looks::land_early(WarpLook& l) {
-  if (l.landings.empty()) return;
-  std::erase_if(l.landings, [&](const Landing& c) {
+void LaunchChecker::land_early(WarpShadow& l) {
+  if (l.pending_copies.empty()) return;
+  std::erase_if(l.pending_copies, [&](const PendingCopy& c) {
     if (!c.early || (random_() & 1)) return false;
     land(l, c);
     return true;
@@ -948,8 +955,8 @@ void Looks::land_early(WarpLook& l) {
 
 // Copies of these lanes that the wait is for are done. groups: the newest that may go on; -1: none, uncommitted
 // neither.
-void Looks::async_wait(Warp& w, uint32_t lanes, int64_t groups) {
-  WarpLook& l = *w.look;
+void LaunchChecker::async_wait(Warp& w, uint32_t lanes, int64_t groups) {
+  WarpShadow& l = *w.shadow;
   for (size_t p = 0; p < l.pending.size();) {
     const uint32_t number = l.pending[p];
     Ticket& t = tickets_[number];
@@ -960,7 +967,7 @@ void Looks::async_wait(Warp& w, uint32_t lanes, int64_t groups) {
     }
     if (done) {
       t.done |= done, t.clock = l.clock;
-      std::erase_if(l.landings, [&](const Landing& c) {
+      std::erase_if(l.pending_copies, [&](const PendingCopy& c) {
         if (c.ticket != number || !(done >> c.lane & 1)) return false;
         land(l, c);
         return true;
@@ -973,8 +980,8 @@ void Looks::async_wait(Warp& w, uint32_t lanes, int64_t groups) {
   }
 }
 
-void Looks::exit(Warp& w, uint32_t lanes) {
-  WarpLook& l = *w.look;
+void LaunchChecker::exit(Warp& w, uint32_t lanes) {
+  WarpShadow& l = *w.shadow;
   for (const uint32_t number : l.pending) {
     const Ticket& t = tickets_[number];
     const uint32_t left = t.lanes & lanes & ~t.done;
@@ -986,12 +993,12 @@ void Looks::exit(Warp& w, uint32_t lanes) {
     Findings::instance().add(std::move(f));
   }
   async_wait(w, lanes, -1);
-  std::erase_if(l.barriers, [&](WarpLook::Parted& p) { return !(p.missing &= ~lanes); });
+  std::erase_if(l.barriers, [&](WarpShadow::Parted& p) { return !(p.missing &= ~lanes); });
 }
 
 // Races.
 
-Clock& Looks::mutable_copy(ClockRef& ref, uint32_t block) {
+Clock& LaunchChecker::mutable_copy(ClockRef& ref, uint32_t block) {
   auto copy = std::make_shared<Clock>(*ref);
   copy->own = copy->parts.at(block).get();
   Clock& result = *copy;
@@ -1013,7 +1020,7 @@ std::shared_ptr<const ClockPart> merged(const std::shared_ptr<const ClockPart>& 
 }  // namespace
 
 // `into` knows what `other` knows, too. Both may be null; `into` belongs to a thread of `block` or is a publication.
-void Looks::join(ClockRef& into, const ClockRef& other, uint32_t block) {
+void LaunchChecker::join(ClockRef& into, const ClockRef& other, uint32_t block) {
   if (!other || into == other) return;
   if (!into) {
     into = other;
@@ -1030,7 +1037,7 @@ void Looks::join(ClockRef& into, const ClockRef& other, uint32_t block) {
 }
 
 // What a lane knows, its own accesses up to `epoch` included.
-ClockRef Looks::published(const ClockRef& clock, const WarpLook& l, uint32_t lane, uint32_t epoch) {
+ClockRef LaunchChecker::published(const ClockRef& clock, const WarpShadow& l, uint32_t lane, uint32_t epoch) {
   auto copy = std::make_shared<Clock>(*clock);
   auto& part = copy->parts[l.block->index];
   auto own = std::make_shared<ClockPart>(*part);
@@ -1040,8 +1047,8 @@ ClockRef Looks::published(const ClockRef& clock, const WarpLook& l, uint32_t lan
   return copy;
 }
 
-void Looks::fence(Warp& w, const Look& k) {
-  WarpLook& l = *w.look;
+void LaunchChecker::fence(Warp& w, const InstructionEffects& k) {
+  WarpShadow& l = *w.shadow;
   if (!l.syncs) l.syncs = std::make_unique<std::array<LaneSync, kLanes>>();
   const bool wide = k.strength == Strength::kDevice;
   for (uint32_t m = w.active; m; m &= m - 1) {
@@ -1061,8 +1068,9 @@ void Looks::fence(Warp& w, const Look& k) {
 }
 
 // A strong access: what it publishes, and what it learns. keeps: an atomic, which adds to what is published.
-void Looks::synchronise(Warp& w, const Look& k, const Access& a, bool reads, bool writes, bool keeps) {
-  WarpLook& l = *w.look;
+void LaunchChecker::synchronise(Warp& w, const InstructionEffects& k, const Access& a, bool reads, bool writes,
+                                bool keeps) {
+  WarpShadow& l = *w.shadow;
   if (!l.syncs) l.syncs = std::make_unique<std::array<LaneSync, kLanes>>();
   const uint32_t block = l.block->index;
   bool released = false;
@@ -1115,8 +1123,8 @@ void Looks::synchronise(Warp& w, const Look& k, const Access& a, bool reads, boo
 }
 
 // bar.warp.sync: all these lanes know what each knew.
-void Looks::sync_warp(Warp& w, uint32_t lanes) {
-  WarpLook& l = *w.look;
+void LaunchChecker::sync_warp(Warp& w, uint32_t lanes) {
+  WarpShadow& l = *w.shadow;
   ClockRef all;
   for (uint32_t m = lanes; m; m &= m - 1) join(all, l.clocks[first(m)], l.block->index);
   Clock& clock = mutable_copy(all, l.block->index);
@@ -1130,10 +1138,11 @@ void Looks::sync_warp(Warp& w, uint32_t lanes) {
   for (uint32_t m = lanes; m; m &= m - 1) l.clocks[first(m)] = all;
 }
 
-void Looks::arrive(Warp& w, const Instruction& i, const Look& k, uint32_t barrier, uint32_t count, uint32_t lanes) {
-  WarpLook& l = *w.look;
-  BlockLook& b = *l.block;
-  BarrierLook& state = b.barriers[barrier];
+void LaunchChecker::arrive(Warp& w, const Instruction& i, const InstructionEffects& k, uint32_t barrier, uint32_t count,
+                           uint32_t lanes) {
+  WarpShadow& l = *w.shadow;
+  BlockShadow& b = *l.block;
+  BarrierShadow& state = b.barriers[barrier];
   if (settings.checks & kCheckBarrier) {
     const Spot here = spot(w, k, first(lanes));
     if (lanes != w.live) {
@@ -1182,8 +1191,8 @@ void Looks::arrive(Warp& w, const Instruction& i, const Look& k, uint32_t barrie
   ++l.clock;
 }
 
-ClockRef Looks::complete(BlockLook& block, uint32_t barrier) {
-  BarrierLook& state = block.barriers[barrier];
+ClockRef LaunchChecker::complete(BlockShadow& block, uint32_t barrier) {
+  BarrierShadow& state = block.barriers[barrier];
   std::shared_ptr<Clock> clock = std::move(state.clock);
   if (clock) {
     auto& own = const_cast<ClockPart&>(*clock->parts[block.index]);
@@ -1196,13 +1205,13 @@ ClockRef Looks::complete(BlockLook& block, uint32_t barrier) {
   return clock;
 }
 
-void Looks::pass(Warp& w, uint32_t lanes, const ClockRef& clock) {
+void LaunchChecker::pass(Warp& w, uint32_t lanes, const ClockRef& clock) {
   if (!clock) return;
-  for (uint32_t m = lanes; m; m &= m - 1) w.look->clocks[first(m)] = clock;
+  for (uint32_t m = lanes; m; m &= m - 1) w.shadow->clocks[first(m)] = clock;
 }
 
 // Whether an earlier access happened before what these lanes do now.
-bool Looks::ordered(const Stamp& e, const WarpLook& l, uint32_t lanes) const {
+bool LaunchChecker::ordered(const Stamp& e, const WarpShadow& l, uint32_t lanes) const {
   uint32_t clock = e.clock;
   if (e.info & kAsync) {
     const Ticket& t = tickets_[e.clock];
@@ -1240,20 +1249,21 @@ bool Looks::ordered(const Stamp& e, const WarpLook& l, uint32_t lanes) const {
 }
 
 // The launch on another stream that a warp belongs to, if nothing orders it before this one.
-const Work* Looks::concurrent(uint32_t warp) const {
+const Work* LaunchChecker::concurrent(uint32_t warp) const {
   for (const auto& work : concurrent_)
     if (warp >= work->warps.first && warp < work->warps.second) return work.get();
   return nullptr;
 }
 
-void Looks::race(Warp& w, const Look& k, const Word& word, const Stamp& e, bool write, bool async, bool shared) {
+void LaunchChecker::race(Warp& w, const InstructionEffects& k, const Word& word, const Stamp& e, bool write, bool async,
+                         bool shared) {
   const uint32_t instruction = e.info >> kIdShift;
   const bool own = e.warp - first_warp_ < grid_.count() * warps_;
   if (!once(kRace, k.id, own ? instruction : 0xfffffff)) return;
   const uint32_t lane = first(word.lanes);
   // Of several lanes, name one that is not the first party itself.
   uint32_t mine = word.lanes;
-  if (e.warp == w.look->id && (mine & ~e.lanes)) mine &= ~e.lanes;
+  if (e.warp == w.shadow->id && (mine & ~e.lanes)) mine &= ~e.lanes;
   Finding f;
   const bool in_flight = async || (e.info & kAsync);
   f.rule = in_flight ? "async-race" : "race";
@@ -1261,7 +1271,7 @@ void Looks::race(Warp& w, const Look& k, const Word& word, const Stamp& e, bool 
   f.address = word.at;
   f.space = shared ? "shared" : "global";
   if (word.region) f.allocation = region_name(*word.region);
-  const char* const who = e.warp == w.look->id && e.lanes == word.lanes ? "the same thread" : "another thread";
+  const char* const who = e.warp == w.shadow->id && e.lanes == word.lanes ? "the same thread" : "another thread";
   f.message = std::string(async ? "an asynchronous copy " : "") + (write ? "writes " : "reads ") + f.space +
               " address " + (shared ? std::to_string(word.at) : hex(word.at)) + ", which " +
               (e.info & kAsync ? std::string("an asynchronous copy of ") + who : who) +
@@ -1274,7 +1284,7 @@ void Looks::race(Warp& w, const Look& k, const Word& word, const Stamp& e, bool 
   Findings::instance().add(std::move(f));
 }
 
-void Looks::race_with_copies(Warp& w, const Look& k, const Word& word, bool write) {
+void LaunchChecker::race_with_copies(Warp& w, const InstructionEffects& k, const Word& word, bool write) {
   for (const auto& work : concurrent_)
     for (const Extent& extent : work->extents) {
       if (!(write || extent.write) || !meets(extent, word.at, 4) || !once(kRace, k.id, 0xffffffe)) continue;
@@ -1291,8 +1301,8 @@ void Looks::race_with_copies(Warp& w, const Look& k, const Word& word, bool writ
 
 // A block wrote a word that other blocks had read, of whom no more is known than their index modulo 32: a race if
 // nothing at all is known of any block that it may have been.
-void Looks::race_with_readers(Warp& w, const Look& k, const Word& word) {
-  const BlockLook& block = *w.look->block;
+void LaunchChecker::race_with_readers(Warp& w, const InstructionEffects& k, const Word& word) {
+  const BlockShadow& block = *w.shadow->block;
   for (uint32_t residues = word.cell->readers; residues; residues &= residues - 1) {
     uint64_t reader = grid_.count();
     bool known = false;
@@ -1300,7 +1310,7 @@ void Looks::race_with_readers(Warp& w, const Look& k, const Word& word) {
       if (b == block.index || !begun_[b]) continue;
       reader = b;
       for (uint32_t m = word.lanes; m; m &= m - 1)
-        known |= w.look->clocks[first(m)]->parts.contains(static_cast<uint32_t>(b));
+        known |= w.shadow->clocks[first(m)]->parts.contains(static_cast<uint32_t>(b));
     }
     if (known || reader == grid_.count()) continue;
     if (!once(kRace, k.id, 0xffffffd)) return;
@@ -1316,9 +1326,9 @@ void Looks::race_with_readers(Warp& w, const Look& k, const Word& word) {
   }
 }
 
-void Looks::touch_word(Warp& w, const Look& k, const Word& word, bool write, Strength strength, bool async,
-                       uint32_t ticket, bool shared) {
-  WarpLook& l = *w.look;
+void LaunchChecker::touch_word(Warp& w, const InstructionEffects& k, const Word& word, bool write, Strength strength,
+                               bool async, uint32_t ticket, bool shared) {
+  WarpShadow& l = *w.shadow;
   const Stamp mine{l.id, async ? ticket : l.clock, word.lanes,
                    word.bytes | (write ? kWrite : 0) | static_cast<uint32_t>(strength) << kStrengthShift |
                        (async ? kAsync : 0) | k.id << kIdShift};
@@ -1389,8 +1399,8 @@ void Looks::touch_word(Warp& w, const Look& k, const Word& word, bool write, Str
   cell.owner = owner, cell.more = static_cast<uint32_t>(lists.size());
 }
 
-void Looks::touch(Warp& w, const Look& k, const Access& a, bool write, Strength strength, bool async, uint32_t ticket,
-                  const uint8_t (*data)[32], const uint32_t* sizes) {
+void LaunchChecker::touch(Warp& w, const InstructionEffects& k, const Access& a, bool write, Strength strength,
+                          bool async, uint32_t ticket, const uint8_t (*data)[32], const uint32_t* sizes) {
   words_.clear();
   for (const uint32_t slot : table_used_) table_[slot] = 0;
   table_used_.clear();
@@ -1403,7 +1413,7 @@ void Looks::touch(Warp& w, const Look& k, const Access& a, bool write, Strength 
     if (!shared && !region) continue;
     const uintptr_t start = a.address[lane], end = start + (sizes ? sizes[lane] : a.bytes);
     Cell* const cells = shared
-                            ? reinterpret_cast<Cell*>(w.look->block->cells.data())
+                            ? reinterpret_cast<Cell*>(w.shadow->block->cells.data())
                             : reinterpret_cast<Cell*>(region->cells.reserve((region->bytes + 10) / 4 * sizeof(Cell)));
     const uintptr_t base = shared ? 0 : region->base & ~uintptr_t{3};
     for (uintptr_t at = start & ~uintptr_t{3}; at < end; at += 4) {
@@ -1425,7 +1435,7 @@ void Looks::touch(Warp& w, const Look& k, const Access& a, bool write, Strength 
         for (uint32_t j = 0; j < 4; ++j)
           if (old.bytes & bytes & (1u << j)) bits |= 0xffu << (8 * j);
         if (!data || ((old.value ^ value) & bits)) {
-          const Stamp other{w.look->id, w.look->clock, old.lanes,
+          const Stamp other{w.shadow->id, w.shadow->clock, old.lanes,
                             old.bytes | kWrite | (async ? kAsync : 0) | k.id << kIdShift};
           race(w, k, {at, 1u << lane, value, nullptr, bytes, region}, other, true, async, shared);
         }
@@ -1445,8 +1455,8 @@ void Looks::touch(Warp& w, const Look& k, const Access& a, bool write, Strength 
 }
 
 // A matrix's rows, by the lanes that their words go to or come from.
-void Looks::touch_rows(Warp& w, const Look& k, const Access& a, bool write) {
-  Cell* const cells = reinterpret_cast<Cell*>(w.look->block->cells.data());
+void LaunchChecker::touch_rows(Warp& w, const InstructionEffects& k, const Access& a, bool write) {
+  Cell* const cells = reinterpret_cast<Cell*>(w.shadow->block->cells.data());
   for (uint32_t m = a.lanes; m; m &= m - 1) {
     const uint32_t row = first(m);
     for (uint32_t word = 0; word < 4; ++word) {
@@ -1461,7 +1471,7 @@ void Looks::touch_rows(Warp& w, const Look& k, const Access& a, bool write) {
 
 // The instruction as a whole.
 
-void Looks::issued(Warp& w, const Look& k, uint32_t mask, uint32_t active) {
+void LaunchChecker::issued(Warp& w, const InstructionEffects& k, uint32_t mask, uint32_t active) {
   if (counts_) {
     Counter& c = counts_->at(k.id);
     ++c.issued;
@@ -1471,7 +1481,7 @@ void Looks::issued(Warp& w, const Look& k, uint32_t mask, uint32_t active) {
   if ((settings.checks & kCheckInit) && k.guard != kNever) observe(w, k, {k.guard, 0}, mask, "a guard");
 }
 
-void Looks::divergent(Warp& w, const Look& k, uint32_t missing, uint32_t arrived) {
+void LaunchChecker::divergent(Warp& w, const InstructionEffects& k, uint32_t missing, uint32_t arrived) {
   if (!once(kAligned, k.id, 0)) return;
   const bool barrier = k.counted == Class::kBarrier;
   report(barrier ? "divergent-barrier" : "divergent-aligned",
@@ -1481,19 +1491,19 @@ void Looks::divergent(Warp& w, const Look& k, uint32_t missing, uint32_t arrived
          w, k, first(missing), 0, "", nullptr);
 }
 
-bool Looks::before(Warp& w, const Instruction& i, const Look& k) {
+bool LaunchChecker::before(Warp& w, const Instruction& i, const InstructionEffects& k) {
   const uint32_t checks = settings.checks;
   if ((checks & kCheckBarrier) && k.aligned) {
     const bool barrier = k.counted == Class::kBarrier;
     if (barrier)  // lanes that left others at a barrier, and now come to one
-      std::erase_if(w.look->barriers, [&](const WarpLook::Parted& p) {
+      std::erase_if(w.shadow->barriers, [&](const WarpShadow::Parted& p) {
         if (!(p.missing & w.active)) return false;
-        divergent(w, *p.look, p.missing, p.arrived);
+        divergent(w, *p.effects, p.missing, p.arrived);
         return true;
       });
     if (const uint32_t missing = w.live & ~w.active) {
-      if (barrier && w.look->parted)
-        w.look->barriers.push_back({&k, missing, w.active});
+      if (barrier && w.shadow->parted)
+        w.shadow->barriers.push_back({&k, missing, w.active});
       else
         divergent(w, k, missing, w.active);
     }
@@ -1526,8 +1536,8 @@ bool Looks::before(Warp& w, const Instruction& i, const Look& k) {
     case Touch::kAsyncCopy:
       return async_copy(w, i, k);
     case Touch::kAsyncCommit:
-      for (uint32_t m = w.active; m; m &= m - 1) ++w.look->committed[first(m)];
-      land_early(*w.look);
+      for (uint32_t m = w.active; m; m &= m - 1) ++w.shadow->committed[first(m)];
+      land_early(*w.shadow);
       return true;
     case Touch::kAsyncWait:
       async_wait(w, w.active, k.groups);
@@ -1609,4 +1619,4 @@ bool Looks::before(Warp& w, const Instruction& i, const Look& k) {
   return w.active != 0;
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -1,5 +1,5 @@
-// Looking at a launch as it runs: memory, never-written values, races, barriers; and the counts on the way. A launch
-// that is looked at runs on one host thread, in an order that a seed decides.
+// Checks a launch as it runs: memory, never-written values, races, barriers; and the counts on the way. A launch
+// that is checked runs on one host thread, in an order that a seed decides.
 #pragma once
 
 #include <cstdint>
@@ -17,20 +17,20 @@
 #include "memory.h"
 #include "stream_order.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 enum Check : uint32_t { kCheckMemory = 1, kCheckInit = 2, kCheckRace = 4, kCheckBarrier = 8, kCheckAll = 15 };
 enum class Schedule : uint8_t { kRoundRobin, kRandom, kAdversarial };
 
-// What the next launches are looked at for; from the environment at first.
-struct LookSettings {
+// What the next launches are checked for, and in which order they run; from the environment at first.
+struct LaunchSettings {
   uint32_t checks = 0;
   Schedule schedule = Schedule::kRoundRobin;
   uint64_t seed = 0;
   bool count = false;
   bool any() const { return checks || schedule != Schedule::kRoundRobin || count; }
 };
-LookSettings& look_settings();
+LaunchSettings& launch_settings();
 // False for unknown names. `names`: "memory,init,race,barrier", "all", or nothing.
 bool parse_checks(const char* names, uint32_t& checks);
 bool parse_schedule(const char* name, Schedule& schedule);
@@ -39,7 +39,7 @@ bool parse_schedule(const char* name, Schedule& schedule);
 bool host_reads(const void* base, size_t bytes, const char* who);
 
 // The runtime copies or fills memory, on the stream at hand: a finding where other streams' work races with it.
-void look_at_copy(const std::string& what, std::vector<Extent> extents);
+void check_transfer(const std::string& what, std::vector<Extent> extents);
 
 // Knowledge of what has happened before: for each thread of a block, the last of its epochs that is ordered before.
 struct ClockPart {
@@ -67,8 +67,8 @@ struct Cell {
 };
 static_assert(sizeof(Cell) == 64);
 
-struct BlockLook;
-class Looks;
+struct BlockShadow;
+class LaunchChecker;
 
 // What an address's strong accesses have published.
 struct SyncVariable {
@@ -84,7 +84,7 @@ struct LaneSync {
   ClockRef pending_block;             // of it, what a fence of block scope suffices for
 };
 
-struct Landing {
+struct PendingCopy {
   uint32_t ticket;
   uint8_t lane, bytes, size;
   bool early;  // may land before the wait
@@ -92,8 +92,8 @@ struct Landing {
   const uint8_t* source;
 };
 
-struct WarpLook {
-  BlockLook* block = nullptr;
+struct WarpShadow {
+  BlockShadow* block = nullptr;
   Warp* warp = nullptr;
   uint32_t id = 0;     // unique in the process
   uint32_t clock = 1;  // epoch of all lanes
@@ -102,19 +102,19 @@ struct WarpLook {
   AlignedBytes local_unwritten;
   uint32_t committed[kLanes] = {};
   std::vector<uint32_t> pending;  // tickets
-  std::vector<Landing> landings;
+  std::vector<PendingCopy> pending_copies;
   uint64_t priority = 0;
   uint64_t useful_turns = 0;  // of the grid, when this warp last stalled
   // A branch led the other live lanes away from these for good: at a barrier, that is right if they go to the exit.
   bool parted = false;
   struct Parted {
-    const Look* look;
+    const InstructionEffects* effects;
     uint32_t missing, arrived;
   };
   std::vector<Parted> barriers;  // that were reached so
 };
 
-struct BarrierLook {
+struct BarrierShadow {
   std::shared_ptr<Clock> clock;   // of all that arrived
   const Clock* joined = nullptr;  // the last that went into it
   uint32_t instruction = ~0u;
@@ -122,8 +122,8 @@ struct BarrierLook {
   Spot first;
 };
 
-struct BlockLook {
-  Looks* launch = nullptr;
+struct BlockShadow {
+  LaunchChecker* launch = nullptr;
   uint32_t index = 0;
   uint32_t first_warp = 0;  // id
   Dim3 id;
@@ -133,29 +133,30 @@ struct BlockLook {
   Pages cells;
   std::vector<std::vector<Stamp>> more;
   std::unordered_map<uint64_t, SyncVariable> variables;  // in shared memory
-  std::array<BarrierLook, 16> barriers;
-  std::vector<std::unique_ptr<WarpLook>> warps;
+  std::array<BarrierShadow, 16> barriers;
+  std::vector<std::unique_ptr<WarpShadow>> warps;
   uint64_t priority = 0;
 };
 
-class Looks {
+class LaunchChecker {
  public:
-  Looks(const LaunchRequest& request, uint32_t warps, const LookSettings& settings);
-  Looks(const Looks&) = delete;
-  ~Looks();
+  LaunchChecker(const LaunchRequest& request, uint32_t warps, const LaunchSettings& settings);
+  LaunchChecker(const LaunchChecker&) = delete;
+  ~LaunchChecker();
 
-  const LookSettings settings;
+  const LaunchSettings settings;
 
-  void begin_block(BlockLook& block, uint64_t index, Dim3 id, std::vector<std::unique_ptr<Warp>>& warps,
+  void begin_block(BlockShadow& block, uint64_t index, Dim3 id, std::vector<std::unique_ptr<Warp>>& warps,
                    uint8_t* shared, uint32_t shared_bytes);
   // Before an instruction runs in w.active: takes away lanes that must not run it. False: it is done with.
-  bool before(Warp& w, const Instruction& i, const Look& look);
+  bool before(Warp& w, const Instruction& i, const InstructionEffects& effects);
   // An instruction was issued for `mask`, and its guard left `active`.
-  void issued(Warp& w, const Look& look, uint32_t mask, uint32_t active);
-  void arrive(Warp& w, const Instruction& i, const Look& look, uint32_t barrier, uint32_t count, uint32_t lanes);
+  void issued(Warp& w, const InstructionEffects& effects, uint32_t mask, uint32_t active);
+  void arrive(Warp& w, const Instruction& i, const InstructionEffects& effects, uint32_t barrier, uint32_t count,
+              uint32_t lanes);
   // Lanes that waited at a barrier go on: they know what all that arrived knew.
   void pass(Warp& w, uint32_t lanes, const ClockRef& clock);
-  ClockRef complete(BlockLook& block, uint32_t barrier);
+  ClockRef complete(BlockShadow& block, uint32_t barrier);
   void exit(Warp& w, uint32_t lanes);
   // Registers and local memory of a new frame are never written.
   void new_frame(Warp& w, Frame& frame, uint32_t lanes);
@@ -163,7 +164,7 @@ class Looks {
   void write_local(Warp& w, uint32_t lane, uint32_t at, uint32_t bytes);
   // The system (printf, say) uses these bytes of a thread, given by a generic address.
   void system_reads(Warp& w, uint32_t lane, uint64_t address, uint32_t bytes);
-  void deadlock(const std::string& message, const Warp& w, const Fragment& f);
+  void deadlock(const std::string& message, const Warp& w, const ConvergenceGroup& f);
   uint64_t random() { return random_(); }
 
   // Memory that every launch may touch: its parameters, and a cooperative one's barrier.
@@ -195,51 +196,53 @@ class Looks {
 
   Region* find_region(uintptr_t address);
   void refresh();
-  Spot spot(const Warp& w, const Look& look, uint32_t lane) const;
+  Spot spot(const Warp& w, const InstructionEffects& effects, uint32_t lane) const;
   Spot spot_of(uint32_t warp, uint32_t instruction, uint32_t lane) const;
   bool once(uint32_t rule, uint32_t instruction, uint32_t other);
-  void report(const char* rule, std::string message, const Warp& w, const Look& look, uint32_t lane, uint64_t address,
-              const char* space, const Region* region);
+  void report(const char* rule, std::string message, const Warp& w, const InstructionEffects& effects, uint32_t lane,
+              uint64_t address, const char* space, const Region* region);
 
   // Never-written values.
   uint32_t* shadow(const Warp& w, uint32_t slot, int which) const;
   uint32_t bad(const Warp& w, const LaneSlot& s) const;
   void set(Warp& w, const LaneSlot& s, uint32_t lanes, uint32_t bad, uint32_t origin, uint32_t loaded);
-  void observe(Warp& w, const Look& look, const LaneSlot& s, uint32_t lanes, const char* what, bool copies = false);
-  void flow(Warp& w, const Instruction& i, const Look& look);
-  void flow_multiply(Warp& w, const Look& look);
-  void flow_load(Warp& w, const Look& look, const Access& a);
-  void flow_store(Warp& w, const Look& look, const Access& a);
-  void flow_matrix(Warp& w, const Look& look, const Access& a);
+  void observe(Warp& w, const InstructionEffects& effects, const LaneSlot& s, uint32_t lanes, const char* what,
+               bool copies = false);
+  void flow(Warp& w, const Instruction& i, const InstructionEffects& effects);
+  void flow_multiply(Warp& w, const InstructionEffects& effects);
+  void flow_load(Warp& w, const InstructionEffects& effects, const Access& a);
+  void flow_store(Warp& w, const InstructionEffects& effects, const Access& a);
+  void flow_matrix(Warp& w, const InstructionEffects& effects, const Access& a);
   uint8_t* unwritten(Warp& w, const Access& a, uint32_t lane, int64_t delta) const;
 
   // Memory.
-  void locate(Warp& w, const Look& look, uint32_t slot, bool narrow, int64_t offset, Space space, uint32_t bytes,
-              uint32_t lanes, const uint32_t* sizes, Access& a, uint32_t alignment);
-  void locate_rows(Warp& w, const Look& look, Access& a);
+  void locate(Warp& w, const InstructionEffects& effects, uint32_t slot, bool narrow, int64_t offset, Space space,
+              uint32_t bytes, uint32_t lanes, const uint32_t* sizes, Access& a, uint32_t alignment);
+  void locate_rows(Warp& w, const InstructionEffects& effects, Access& a);
   bool in_frame(const Warp& w, uint32_t lane, uint64_t offset, uint32_t bytes) const;
-  bool async_copy(Warp& w, const Instruction& i, const Look& look);
-  void divergent(Warp& w, const Look& look, uint32_t missing, uint32_t arrived);
+  bool async_copy(Warp& w, const Instruction& i, const InstructionEffects& effects);
+  void divergent(Warp& w, const InstructionEffects& effects, uint32_t missing, uint32_t arrived);
   void async_wait(Warp& w, uint32_t lanes, int64_t groups);
-  void land(WarpLook& l, const Landing& landing);
-  void land_early(WarpLook& l);
+  void land(WarpShadow& l, const PendingCopy& landing);
+  void land_early(WarpShadow& l);
 
   // Races.
-  void touch_rows(Warp& w, const Look& look, const Access& a, bool write);
-  void touch(Warp& w, const Look& look, const Access& a, bool write, Strength strength, bool async, uint32_t ticket,
-             const uint8_t (*data)[32], const uint32_t* sizes);
-  void touch_word(Warp& w, const Look& look, const Word& word, bool write, Strength strength, bool async,
-                  uint32_t ticket, bool shared);
-  bool ordered(const Stamp& e, const WarpLook& l, uint32_t lanes) const;
+  void touch_rows(Warp& w, const InstructionEffects& effects, const Access& a, bool write);
+  void touch(Warp& w, const InstructionEffects& effects, const Access& a, bool write, Strength strength, bool async,
+             uint32_t ticket, const uint8_t (*data)[32], const uint32_t* sizes);
+  void touch_word(Warp& w, const InstructionEffects& effects, const Word& word, bool write, Strength strength,
+                  bool async, uint32_t ticket, bool shared);
+  bool ordered(const Stamp& e, const WarpShadow& l, uint32_t lanes) const;
   const Work* concurrent(uint32_t warp) const;
-  void race(Warp& w, const Look& look, const Word& word, const Stamp& e, bool write, bool async, bool shared);
-  void race_with_copies(Warp& w, const Look& look, const Word& word, bool write);
-  void race_with_readers(Warp& w, const Look& look, const Word& word);
+  void race(Warp& w, const InstructionEffects& effects, const Word& word, const Stamp& e, bool write, bool async,
+            bool shared);
+  void race_with_copies(Warp& w, const InstructionEffects& effects, const Word& word, bool write);
+  void race_with_readers(Warp& w, const InstructionEffects& effects, const Word& word);
   Clock& mutable_copy(ClockRef& ref, uint32_t block);
   void join(ClockRef& into, const ClockRef& other, uint32_t block);
-  ClockRef published(const ClockRef& clock, const WarpLook& l, uint32_t lane, uint32_t epoch);
-  void fence(Warp& w, const Look& look);
-  void synchronise(Warp& w, const Look& look, const Access& a, bool reads, bool writes, bool keeps);
+  ClockRef published(const ClockRef& clock, const WarpShadow& l, uint32_t lane, uint32_t epoch);
+  void fence(Warp& w, const InstructionEffects& effects);
+  void synchronise(Warp& w, const InstructionEffects& effects, const Access& a, bool reads, bool writes, bool keeps);
   void sync_warp(Warp& w, uint32_t lanes);
 
   const Kernel& kernel_;
@@ -268,4 +271,4 @@ class Looks {
   size_t parameter_bytes_ = 0, workspace_bytes_ = 0;
 };
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -6,7 +6,7 @@
 #include "findings.h"
 #include "module.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 namespace {
 
@@ -57,7 +57,7 @@ std::vector<Loop> find_loops(const Code& code) {
   std::vector<std::vector<uint32_t>> before(n + 1);
   const auto ends = [](Kind k) { return k == Kind::kReturn || k == Kind::kExit; };
   for (uint32_t pc = 0; pc < n; ++pc) {
-    const bool guarded = code.looks[pc].guard != ~0u;
+    const bool guarded = code.effects[pc].guard != ~0u;
     if (ins[pc].kind == Kind::kBranch) before[ins[pc].target].push_back(pc);
     if (ins[pc].kind == Kind::kBranchIndirect)
       for (const uint32_t t : code.tables[ins[pc].target]) before[t].push_back(pc);
@@ -338,15 +338,15 @@ void LaunchCounts::finish() {
   for (const Code* code : kernel_.ordered_codes) {
     const size_t start = record.lines.size();
     for (size_t pc = 0; pc < code->instructions.size(); ++pc) {
-      const Look& look = code->looks[pc];
+      const InstructionEffects& effects = code->effects[pc];
       Line line{};
       const Statement& s = code->function->statements[code->instructions[pc].statement];
-      line.line = s.line, line.counted = look.counted, line.operations = look.operations;
+      line.line = s.line, line.counted = effects.counted, line.operations = effects.operations;
       line.function = code->function->name;
-      if (look.last) {
+      if (effects.last) {
         line.text = s.text, line.source_line = s.source_line;
         if (s.source_line) line.source = source_file(kernel_, s.source_file);
-        line.counter = counters_[look.id];
+        line.counter = counters_[effects.id];
       }
       record.lines.push_back(std::move(line));
     }
@@ -412,4 +412,4 @@ void clear_counts() {
   h.launches.clear(), h.modules.clear();
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -11,7 +11,7 @@
 #include "machine.h"
 #include "memory.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 struct Counter {
   uint64_t issued = 0;    // warp instructions, those with no lane left by their guard included
@@ -62,4 +62,4 @@ std::string counts_text(bool annotate);
 std::shared_ptr<const std::string> counted_module(size_t number);
 void clear_counts();
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -7,7 +7,7 @@
 
 #include "module.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 bool Modifiers::take(std::string_view name) {
   for (size_t i = 0; i < taken_.size(); ++i)
@@ -408,7 +408,7 @@ void Decoder::run() {
   for (auto& table : code_.tables)
     for (uint32_t& target : table) target = starts[target];
   find_reconvergence();
-  code_.looks.resize(code_.instructions.size());
+  code_.effects.resize(code_.instructions.size());
   for (size_t r = 0; r < f.registers.size(); ++r)
     code_.registers.push_back({register_slots_[r], static_cast<uint8_t>(type_width(f.registers[r]))});
 }
@@ -436,7 +436,7 @@ void Decoder::decode_statement() {
   decoder->second(*this);
   if (const std::string* extra = modifiers.untaken()) fail("unknown modifier '." + *extra + "'");
   modifiers_ = nullptr;
-  if (code_.instructions.size() > before) describe_look();
+  if (code_.instructions.size() > before) describe_effects();
 }
 
 // Immediate post-dominators over basic blocks (Cooper, Harvey and Kennedy's iteration on the reversed graph).
@@ -616,7 +616,7 @@ std::unique_ptr<Kernel> decode_kernel(Module& module, const Function& function) 
     Decoder(module, kernel, *kernel.codes[f], shared).run();
     Code& code = *kernel.codes[f];
     code.first_id = kernel.instructions;
-    for (Look& look : code.looks) look.id = kernel.instructions++;
+    for (InstructionEffects& effects : code.effects) effects.id = kernel.instructions++;
     kernel.ordered_codes.push_back(&code);
     most_registers = std::max(most_registers, static_cast<uint32_t>(f->registers.size()));
     kernel.local_bytes += kernel.codes[f]->local_bytes;
@@ -634,4 +634,4 @@ std::unique_ptr<Kernel> decode_kernel(Module& module, const Function& function) 
   return owned;
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

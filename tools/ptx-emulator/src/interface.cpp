@@ -1,4 +1,4 @@
-// The device's own C interface: raw PTX for pop_ext/emulator.py, figures for benchmarks, and errors for what is not
+// The device's own C interface: raw PTX for Python, figures for benchmarks, and errors for what is not
 // implemented.
 #include <algorithm>
 #include <cstdio>
@@ -11,7 +11,7 @@
 #include "runtime.h"
 #include "schedule.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 // Called by the functions of unsupported.cpp.
 int unsupported(const char* name) {
@@ -23,14 +23,14 @@ namespace {
 thread_local std::string interface_error;
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator
 
-using namespace pop::emulator;
+using namespace ptx_emulator;
 
-POP_API const char* pop_emulator_error() { return interface_error.c_str(); }
+PTX_API const char* ptx_emulator_error() { return interface_error.c_str(); }
 
-// Parses and decodes PTX text; null on errors, which pop_emulator_error then tells.
-POP_API void* pop_emulator_load(const char* text, size_t bytes) {
+// Parses and decodes PTX text; null on errors, which ptx_emulator_error then tells.
+PTX_API void* ptx_emulator_load(const char* text, size_t bytes) {
   try {
     auto module = load_module(std::string_view(text, bytes));
     module->decode_all();
@@ -41,11 +41,11 @@ POP_API void* pop_emulator_load(const char* text, size_t bytes) {
   }
 }
 
-POP_API void pop_emulator_unload(void* module) { delete static_cast<Module*>(module); }
+PTX_API void ptx_emulator_unload(void* module) { delete static_cast<Module*>(module); }
 
 // Writes up to `capacity` (bytes, type width, is float, is signed, is array) five-tuples; returns the number of
 // parameters, or -1 where there is no such kernel.
-POP_API int pop_emulator_parameters(void* module, const char* name, int* out, int capacity) {
+PTX_API int ptx_emulator_parameters(void* module, const char* name, int* out, int capacity) {
   Kernel* kernel = static_cast<Module*>(module)->kernel(name);
   if (!kernel) return -1;
   for (int k = 0; k < std::min(capacity, static_cast<int>(kernel->parameters.size())); ++k) {
@@ -57,15 +57,15 @@ POP_API int pop_emulator_parameters(void* module, const char* name, int* out, in
 }
 
 // The names of the kernels, one a line, valid until the thread's next call.
-POP_API const char* pop_emulator_kernels(void* module) {
+PTX_API const char* ptx_emulator_kernels(void* module) {
   interface_error.clear();
   for (const auto& function : static_cast<Module*>(module)->ptx.functions)
     if (function->entry && !function->declared_only) interface_error += function->name + "\n";
   return interface_error.c_str();
 }
 
-// Runs a kernel to its end. Returns 0, or CUDA's error code with the story in pop_emulator_error.
-POP_API int pop_emulator_launch(void* module, const char* name, const uint32_t* grid, const uint32_t* block,
+// Runs a kernel to its end. Returns 0, or CUDA's error code with the story in ptx_emulator_error.
+PTX_API int ptx_emulator_launch(void* module, const char* name, const uint32_t* grid, const uint32_t* block,
                                 uint32_t shared, const void* const* arguments, uint64_t* warp_instructions) {
   Kernel* kernel = static_cast<Module*>(module)->kernel(name);
   if (!kernel) return interface_error = "no such kernel", cudaErrorInvalidDeviceFunction;
@@ -88,18 +88,18 @@ POP_API int pop_emulator_launch(void* module, const char* name, const uint32_t* 
 }
 
 // Totals of all launches through the runtime: kernels, warp instructions, seconds.
-POP_API void pop_emulator_totals(uint64_t* launches, uint64_t* warp_instructions, double* seconds) {
+PTX_API void ptx_emulator_totals(uint64_t* launches, uint64_t* warp_instructions, double* seconds) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   *launches = r.launches, *warp_instructions = r.warp_instructions, *seconds = r.seconds;
 }
 
 // What the last failed kernel or module had to say.
-POP_API const char* pop_emulator_message() { return Runtime::instance().message.c_str(); }
+PTX_API const char* ptx_emulator_message() { return Runtime::instance().message.c_str(); }
 
 // Memory of the caller's that kernels may touch; overlapping registrations are one region. written: its bytes count as
 // written. 0 on success.
-POP_API int pop_emulator_register(void* base, size_t bytes, int written, const char* name) {
+PTX_API int ptx_emulator_register(void* base, size_t bytes, int written, const char* name) {
   if (!base && bytes) return interface_error = "register: a null address", cudaErrorInvalidValue;
   if (bytes > (size_t{1} << 47) || reinterpret_cast<uintptr_t>(base) + bytes < bytes)
     return interface_error = "register: " + std::to_string(bytes) + " bytes are too many", cudaErrorInvalidValue;
@@ -108,61 +108,61 @@ POP_API int pop_emulator_register(void* base, size_t bytes, int written, const c
 }
 
 // Undoes the last registration of that base. 0 on success.
-POP_API int pop_emulator_unregister(const void* base) {
+PTX_API int ptx_emulator_unregister(const void* base) {
   if (Memory::instance().dismiss(base)) return cudaSuccess;
   return interface_error = "unregister: nothing is registered at that address", cudaErrorInvalidValue;
 }
 
 // Device memory of its own with never-written bytes; null where there is not enough.
-POP_API void* pop_emulator_allocate(size_t bytes, const char* name) {
+PTX_API void* ptx_emulator_allocate(size_t bytes, const char* name) {
   return Memory::instance().allocate(bytes, Allocation::Kind::kDevice, name ? name : "");
 }
-POP_API int pop_emulator_free(const void* base) {
+PTX_API int ptx_emulator_free(const void* base) {
   return Memory::instance().release(base) ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Looking, for the launches to come. names: "memory,init,race,barrier" (a part of them), "all" or "".
-POP_API int pop_emulator_checks(const char* names) {
+// Checks of the launches to come. names: "memory,init,race,barrier" (a part of them), "all" or "".
+PTX_API int ptx_emulator_checks(const char* names) {
   uint32_t checks;
   if (!parse_checks(names, checks))
     return interface_error = "checks '" + std::string(names) + "': expected memory, init, race, barrier, or all",
            cudaErrorInvalidValue;
-  look_settings().checks = checks;
+  launch_settings().checks = checks;
   Memory::instance().track(checks != 0);
   return cudaSuccess;
 }
-POP_API int pop_emulator_schedule(const char* name, uint64_t seed) {
-  if (!parse_schedule(name, look_settings().schedule))
+PTX_API int ptx_emulator_schedule(const char* name, uint64_t seed) {
+  if (!parse_schedule(name, launch_settings().schedule))
     return interface_error = "schedule '" + std::string(name) + "': expected roundrobin, random or adversarial",
            cudaErrorInvalidValue;
-  look_settings().seed = seed;
+  launch_settings().seed = seed;
   return cudaSuccess;
 }
-POP_API void pop_emulator_count(int on) { look_settings().count = on != 0; }
+PTX_API void ptx_emulator_count(int on) { launch_settings().count = on != 0; }
 
 // What was found and counted so far, as JSON or text; valid until the thread's next call.
-POP_API const char* pop_emulator_findings() {
+PTX_API const char* ptx_emulator_findings() {
   static thread_local std::string text;
   return (text = Findings::instance().json()).c_str();
 }
-POP_API const char* pop_emulator_counts(int format) {  // 0: JSON, 1: text, 2: text with the annotated PTX
+PTX_API const char* ptx_emulator_counts(int format) {  // 0: JSON, 1: text, 2: text with the annotated PTX
   static thread_local std::string text;
   return (text = format == 0 ? counts_json() : counts_text(format == 2)).c_str();
 }
 // The PTX of a counted launch's module; null: there is none of that number. Valid until the thread's next call.
-POP_API const char* pop_emulator_counted_module(size_t number) {
+PTX_API const char* ptx_emulator_counted_module(size_t number) {
   static thread_local std::shared_ptr<const std::string> text;
   return (text = counted_module(number)) ? text->c_str() : nullptr;
 }
-POP_API void pop_emulator_clear() { Findings::instance().clear(), clear_counts(); }
+PTX_API void ptx_emulator_clear() { Findings::instance().clear(), clear_counts(); }
 
 // The host reads these bytes: a finding where one was never written.
-POP_API int pop_emulator_host_reads(const void* base, size_t bytes) {
+PTX_API int ptx_emulator_host_reads(const void* base, size_t bytes) {
   return host_reads(base, bytes, "the host") ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 // Launches through the runtime on another stream are findings, until this is called with on = 0.
-POP_API void pop_emulator_expect_stream(int on, void* stream) {
+PTX_API void ptx_emulator_expect_stream(int on, void* stream) {
   Runtime& r = Runtime::instance();
   r.expected_stream = static_cast<cudaStream_t>(stream);
   r.expects_stream = on != 0;
@@ -170,7 +170,7 @@ POP_API void pop_emulator_expect_stream(int on, void* stream) {
 
 namespace {
 
-// POP_EMULATOR_REPORT: a file for findings and counts when the program ends; JSON, or text with the annotated PTX. Or a
+// PTX_EMULATOR_REPORT: a file for findings and counts when the program ends; JSON, or text with the annotated PTX. Or a
 // folder, for both, and the PTX of all modules with a counted kernel.
 struct Reporter {
   static void write(const std::string& name, const std::string& text) {
@@ -178,11 +178,11 @@ struct Reporter {
     FILE* file = std::fopen(temporary.c_str(), "w");
     const bool written = file && std::fwrite(text.data(), 1, text.size(), file) == text.size();
     if (!file || std::fclose(file) != 0 || !written || std::rename(temporary.c_str(), name.c_str()) != 0)
-      std::perror(("pop emulator: POP_EMULATOR_REPORT " + name).c_str());
+      std::perror(("PTX emulator: PTX_EMULATOR_REPORT " + name).c_str());
   }
 
   ~Reporter() {
-    const char* path = std::getenv("POP_EMULATOR_REPORT");
+    const char* path = std::getenv("PTX_EMULATOR_REPORT");
     if (!path || !*path) return;
     const std::string name = path;
     std::error_code unknown;

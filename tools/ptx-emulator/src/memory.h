@@ -1,4 +1,4 @@
-// The device's memory: host memory, known by allocation. Beside each allocation, where looking asks for it, lie its
+// The device's memory: host memory, known by allocation. Beside each allocation, where the checks ask for it, lie its
 // shadows: which bytes were never written, and who touched what last.
 #pragma once
 
@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 struct Allocation {
   enum class Kind : uint8_t { kDevice, kManaged, kPinned, kRegistered, kVariable, kHeap };
@@ -119,4 +119,4 @@ class Memory {
   std::atomic<bool> tracking_{false};
 };
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

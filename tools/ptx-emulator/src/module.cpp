@@ -7,7 +7,7 @@
 #include "memory.h"
 #include "schedule.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 namespace {
 
@@ -15,15 +15,15 @@ std::atomic<uint32_t> g_stack_limit{1024};
 
 DeviceLimits choose_limits() {
   DeviceLimits d;
-  const char* text = std::getenv("POP_EMULATOR_SM");
+  const char* text = std::getenv("PTX_EMULATOR_SM");
   const int sm = text ? std::atoi(text) : 80;
   if (sm == 86) {
     d.sm_count = 84, d.capability_minor = 6, d.shared_per_block_optin = 99 * 1024, d.shared_per_sm = 100 * 1024,
     d.threads_per_sm = 1536, d.blocks_per_sm = 16;
-    d.name = "POP software device (sm_86 model)";
+    d.name = "PTX emulator (sm_86 model)";
   } else if (sm == 90) {
     d.sm_count = 132, d.capability_major = 9, d.shared_per_block_optin = 227 * 1024, d.shared_per_sm = 228 * 1024;
-    d.name = "POP software device (sm_90 model)";
+    d.name = "PTX emulator (sm_90 model)";
   }
   return d;
 }
@@ -106,4 +106,4 @@ std::unique_ptr<Module> load_module(std::string_view text) {
   return module;
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

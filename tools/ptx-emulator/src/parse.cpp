@@ -6,7 +6,7 @@
 
 #include "ptx.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 namespace {
 
 struct TypeInfo {
@@ -938,4 +938,4 @@ const Function* PtxModule::find(std::string_view name) const {
 
 PtxModule parse_ptx(std::string_view text) { return Parser(text).run(); }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

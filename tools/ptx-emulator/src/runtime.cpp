@@ -13,7 +13,7 @@
 #include "memory.h"
 #include "schedule.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 namespace {
 thread_local cudaError_t last_error = cudaSuccess;
@@ -41,7 +41,7 @@ void say(const std::string& message) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   r.message = message;
-  if (!std::getenv("POP_EMULATOR_QUIET")) std::fprintf(stderr, "pop emulator: %s\n", message.c_str());
+  if (!std::getenv("PTX_EMULATOR_QUIET")) std::fprintf(stderr, "PTX emulator: %s\n", message.c_str());
 }
 
 bool valid_stream(cudaStream_t stream) {
@@ -139,7 +139,7 @@ cudaError_t prepare_launch(const void* function, dim3 grid, dim3 block, void** a
   work = [request]() -> cudaError_t {
     Runtime& r = Runtime::instance();
     const auto began = std::chrono::steady_clock::now();
-    if (look_settings().checks & kCheckRace) request->concurrent = StreamOrder::instance().concurrent();
+    if (launch_settings().checks & kCheckRace) request->concurrent = StreamOrder::instance().concurrent();
     const LaunchResult result = run_grid(*request);
     const Kernel* const ran = request->kernel;
     StreamOrder::instance().done(
@@ -204,8 +204,8 @@ bool of_the_host(const void* p) {
 }
 
 cudaError_t copy_rows(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height) {
-  look_at_copy("a copy", {{reinterpret_cast<uintptr_t>(from), width, from_pitch, height, false},
-                          {reinterpret_cast<uintptr_t>(to), width, to_pitch, height, true}});
+  check_transfer("a copy", {{reinterpret_cast<uintptr_t>(from), width, from_pitch, height, false},
+                            {reinterpret_cast<uintptr_t>(to), width, to_pitch, height, true}});
   if (Memory::instance().tracking()) {
     const bool leaves = of_the_host(to) && !of_the_host(from);
     for (size_t row = 0; row < height; ++row) {
@@ -262,7 +262,7 @@ cudaError_t fill_2d(void* to, size_t pitch, int value, size_t width, size_t heig
   if (height > (size_t{1} << 40) / pitch || !to || !device_span(to, (height - 1) * pitch + width))
     return cudaErrorInvalidValue;
   return submit(stream, cudaGraphNodeTypeMemset, [=] {
-    look_at_copy("a fill", {{reinterpret_cast<uintptr_t>(to), width, pitch, height, true}});
+    check_transfer("a fill", {{reinterpret_cast<uintptr_t>(to), width, pitch, height, true}});
     for (size_t row = 0; row < height; ++row) {
       std::memset(static_cast<char*>(to) + row * pitch, value, width);
       Memory::instance().mark_written(static_cast<char*>(to) + row * pitch, width);
@@ -431,90 +431,90 @@ struct ErrorText {
   const char* name;
   const char* text;
 };
-#define POP_ERROR(code, text) {code, #code, text}
+#define PTX_ERROR(code, text) {code, #code, text}
 constexpr ErrorText kErrors[] = {
-    POP_ERROR(cudaSuccess, "no error"),
-    POP_ERROR(cudaErrorInvalidValue, "invalid argument"),
-    POP_ERROR(cudaErrorMemoryAllocation, "out of memory"),
-    POP_ERROR(cudaErrorInitializationError, "initialization error"),
-    POP_ERROR(cudaErrorCudartUnloading, "driver shutting down"),
-    POP_ERROR(cudaErrorProfilerDisabled, "profiler disabled while using external profiling tool"),
-    POP_ERROR(cudaErrorInvalidConfiguration, "invalid configuration argument"),
-    POP_ERROR(cudaErrorInvalidPitchValue, "invalid pitch argument"),
-    POP_ERROR(cudaErrorInvalidSymbol, "invalid device symbol"),
-    POP_ERROR(cudaErrorInvalidHostPointer, "invalid host pointer"),
-    POP_ERROR(cudaErrorInvalidDevicePointer, "invalid device pointer"),
-    POP_ERROR(cudaErrorInvalidMemcpyDirection, "invalid copy direction for memcpy"),
-    POP_ERROR(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for CUDA runtime version"),
-    POP_ERROR(cudaErrorMissingConfiguration, "__global__ function call is not configured"),
-    POP_ERROR(cudaErrorInvalidDeviceFunction, "invalid device function"),
-    POP_ERROR(cudaErrorNoDevice, "no CUDA-capable device is detected"),
-    POP_ERROR(cudaErrorInvalidDevice, "invalid device ordinal"),
-    POP_ERROR(cudaErrorStartupFailure, "startup failure in cuda runtime"),
-    POP_ERROR(cudaErrorInvalidKernelImage, "device kernel image is invalid"),
-    POP_ERROR(cudaErrorDeviceUninitialized, "invalid device context"),
-    POP_ERROR(cudaErrorNoKernelImageForDevice, "no kernel image is available for execution on the device"),
-    POP_ERROR(cudaErrorECCUncorrectable, "uncorrectable ECC error encountered"),
-    POP_ERROR(cudaErrorUnsupportedLimit, "limit is not supported on this architecture"),
-    POP_ERROR(cudaErrorPeerAccessUnsupported, "peer access is not supported between these two devices"),
-    POP_ERROR(cudaErrorInvalidPtx, "a PTX JIT compilation failed"),
-    POP_ERROR(cudaErrorJitCompilerNotFound, "PTX JIT compiler library not found"),
-    POP_ERROR(cudaErrorUnsupportedPtxVersion, "the provided PTX was compiled with an unsupported toolchain."),
-    POP_ERROR(cudaErrorInvalidSource, "device kernel image is invalid"),
-    POP_ERROR(cudaErrorFileNotFound, "file not found"),
-    POP_ERROR(cudaErrorSharedObjectSymbolNotFound, "shared object symbol not found"),
-    POP_ERROR(cudaErrorOperatingSystem, "OS call failed or operation not supported on this OS"),
-    POP_ERROR(cudaErrorInvalidResourceHandle, "invalid resource handle"),
-    POP_ERROR(cudaErrorIllegalState, "the operation cannot be performed in the present state"),
-    POP_ERROR(cudaErrorSymbolNotFound, "named symbol not found"),
-    POP_ERROR(cudaErrorNotReady, "device not ready"),
-    POP_ERROR(cudaErrorIllegalAddress, "an illegal memory access was encountered"),
-    POP_ERROR(cudaErrorLaunchOutOfResources, "too many resources requested for launch"),
-    POP_ERROR(cudaErrorLaunchTimeout, "the launch timed out and was terminated"),
-    POP_ERROR(cudaErrorPeerAccessAlreadyEnabled, "peer access is already enabled"),
-    POP_ERROR(cudaErrorPeerAccessNotEnabled, "peer access has not been enabled"),
-    POP_ERROR(cudaErrorSetOnActiveProcess, "cannot set while device is active in this process"),
-    POP_ERROR(cudaErrorContextIsDestroyed, "context is destroyed"),
-    POP_ERROR(cudaErrorAssert, "device-side assert triggered"),
-    POP_ERROR(cudaErrorHostMemoryAlreadyRegistered, "part or all of the requested memory range is already mapped"),
-    POP_ERROR(cudaErrorHostMemoryNotRegistered, "pointer does not correspond to a registered memory region"),
-    POP_ERROR(cudaErrorHardwareStackError, "hardware stack error"),
-    POP_ERROR(cudaErrorIllegalInstruction, "an illegal instruction was encountered"),
-    POP_ERROR(cudaErrorMisalignedAddress, "misaligned address"),
-    POP_ERROR(cudaErrorInvalidAddressSpace, "operation not supported on global/shared address space"),
-    POP_ERROR(cudaErrorInvalidPc, "invalid program counter"),
-    POP_ERROR(cudaErrorLaunchFailure, "unspecified launch failure"),
-    POP_ERROR(cudaErrorCooperativeLaunchTooLarge, "too many blocks in cooperative launch"),
-    POP_ERROR(cudaErrorNotPermitted, "operation not permitted"),
-    POP_ERROR(cudaErrorNotSupported, "operation not supported"),
-    POP_ERROR(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
-    POP_ERROR(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture"),
-    POP_ERROR(cudaErrorStreamCaptureMerge, "operation would result in a merge of separate capture sequences"),
-    POP_ERROR(cudaErrorStreamCaptureUnmatched, "capture was not ended in the same stream as it began"),
-    POP_ERROR(cudaErrorStreamCaptureUnjoined, "capturing stream has unjoined work"),
-    POP_ERROR(cudaErrorStreamCaptureIsolation, "dependency created on uncaptured work in another stream"),
-    POP_ERROR(cudaErrorStreamCaptureImplicit,
+    PTX_ERROR(cudaSuccess, "no error"),
+    PTX_ERROR(cudaErrorInvalidValue, "invalid argument"),
+    PTX_ERROR(cudaErrorMemoryAllocation, "out of memory"),
+    PTX_ERROR(cudaErrorInitializationError, "initialization error"),
+    PTX_ERROR(cudaErrorCudartUnloading, "driver shutting down"),
+    PTX_ERROR(cudaErrorProfilerDisabled, "profiler disabled while using external profiling tool"),
+    PTX_ERROR(cudaErrorInvalidConfiguration, "invalid configuration argument"),
+    PTX_ERROR(cudaErrorInvalidPitchValue, "invalid pitch argument"),
+    PTX_ERROR(cudaErrorInvalidSymbol, "invalid device symbol"),
+    PTX_ERROR(cudaErrorInvalidHostPointer, "invalid host pointer"),
+    PTX_ERROR(cudaErrorInvalidDevicePointer, "invalid device pointer"),
+    PTX_ERROR(cudaErrorInvalidMemcpyDirection, "invalid copy direction for memcpy"),
+    PTX_ERROR(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for CUDA runtime version"),
+    PTX_ERROR(cudaErrorMissingConfiguration, "__global__ function call is not configured"),
+    PTX_ERROR(cudaErrorInvalidDeviceFunction, "invalid device function"),
+    PTX_ERROR(cudaErrorNoDevice, "no CUDA-capable device is detected"),
+    PTX_ERROR(cudaErrorInvalidDevice, "invalid device ordinal"),
+    PTX_ERROR(cudaErrorStartupFailure, "startup failure in cuda runtime"),
+    PTX_ERROR(cudaErrorInvalidKernelImage, "device kernel image is invalid"),
+    PTX_ERROR(cudaErrorDeviceUninitialized, "invalid device context"),
+    PTX_ERROR(cudaErrorNoKernelImageForDevice, "no kernel image is available for execution on the device"),
+    PTX_ERROR(cudaErrorECCUncorrectable, "uncorrectable ECC error encountered"),
+    PTX_ERROR(cudaErrorUnsupportedLimit, "limit is not supported on this architecture"),
+    PTX_ERROR(cudaErrorPeerAccessUnsupported, "peer access is not supported between these two devices"),
+    PTX_ERROR(cudaErrorInvalidPtx, "a PTX JIT compilation failed"),
+    PTX_ERROR(cudaErrorJitCompilerNotFound, "PTX JIT compiler library not found"),
+    PTX_ERROR(cudaErrorUnsupportedPtxVersion, "the provided PTX was compiled with an unsupported toolchain."),
+    PTX_ERROR(cudaErrorInvalidSource, "device kernel image is invalid"),
+    PTX_ERROR(cudaErrorFileNotFound, "file not found"),
+    PTX_ERROR(cudaErrorSharedObjectSymbolNotFound, "shared object symbol not found"),
+    PTX_ERROR(cudaErrorOperatingSystem, "OS call failed or operation not supported on this OS"),
+    PTX_ERROR(cudaErrorInvalidResourceHandle, "invalid resource handle"),
+    PTX_ERROR(cudaErrorIllegalState, "the operation cannot be performed in the present state"),
+    PTX_ERROR(cudaErrorSymbolNotFound, "named symbol not found"),
+    PTX_ERROR(cudaErrorNotReady, "device not ready"),
+    PTX_ERROR(cudaErrorIllegalAddress, "an illegal memory access was encountered"),
+    PTX_ERROR(cudaErrorLaunchOutOfResources, "too many resources requested for launch"),
+    PTX_ERROR(cudaErrorLaunchTimeout, "the launch timed out and was terminated"),
+    PTX_ERROR(cudaErrorPeerAccessAlreadyEnabled, "peer access is already enabled"),
+    PTX_ERROR(cudaErrorPeerAccessNotEnabled, "peer access has not been enabled"),
+    PTX_ERROR(cudaErrorSetOnActiveProcess, "cannot set while device is active in this process"),
+    PTX_ERROR(cudaErrorContextIsDestroyed, "context is destroyed"),
+    PTX_ERROR(cudaErrorAssert, "device-side assert triggered"),
+    PTX_ERROR(cudaErrorHostMemoryAlreadyRegistered, "part or all of the requested memory range is already mapped"),
+    PTX_ERROR(cudaErrorHostMemoryNotRegistered, "pointer does not correspond to a registered memory region"),
+    PTX_ERROR(cudaErrorHardwareStackError, "hardware stack error"),
+    PTX_ERROR(cudaErrorIllegalInstruction, "an illegal instruction was encountered"),
+    PTX_ERROR(cudaErrorMisalignedAddress, "misaligned address"),
+    PTX_ERROR(cudaErrorInvalidAddressSpace, "operation not supported on global/shared address space"),
+    PTX_ERROR(cudaErrorInvalidPc, "invalid program counter"),
+    PTX_ERROR(cudaErrorLaunchFailure, "unspecified launch failure"),
+    PTX_ERROR(cudaErrorCooperativeLaunchTooLarge, "too many blocks in cooperative launch"),
+    PTX_ERROR(cudaErrorNotPermitted, "operation not permitted"),
+    PTX_ERROR(cudaErrorNotSupported, "operation not supported"),
+    PTX_ERROR(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
+    PTX_ERROR(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture"),
+    PTX_ERROR(cudaErrorStreamCaptureMerge, "operation would result in a merge of separate capture sequences"),
+    PTX_ERROR(cudaErrorStreamCaptureUnmatched, "capture was not ended in the same stream as it began"),
+    PTX_ERROR(cudaErrorStreamCaptureUnjoined, "capturing stream has unjoined work"),
+    PTX_ERROR(cudaErrorStreamCaptureIsolation, "dependency created on uncaptured work in another stream"),
+    PTX_ERROR(cudaErrorStreamCaptureImplicit,
               "operation would make the legacy stream depend on a capturing blocking stream"),
-    POP_ERROR(cudaErrorCapturedEvent, "operation not permitted on an event last recorded in a capturing stream"),
-    POP_ERROR(cudaErrorStreamCaptureWrongThread,
+    PTX_ERROR(cudaErrorCapturedEvent, "operation not permitted on an event last recorded in a capturing stream"),
+    PTX_ERROR(cudaErrorStreamCaptureWrongThread,
               "attempt to terminate a thread-local capture sequence from another thread"),
-    POP_ERROR(cudaErrorTimeout, "wait operation timed out"),
-    POP_ERROR(cudaErrorGraphExecUpdateFailure,
+    PTX_ERROR(cudaErrorTimeout, "wait operation timed out"),
+    PTX_ERROR(cudaErrorGraphExecUpdateFailure,
               "the graph update was not performed because it included changes which violated constraints specific to "
               "instantiated graph update"),
-    POP_ERROR(cudaErrorInvalidClusterSize, "cluster misconfiguration"),
-    POP_ERROR(cudaErrorUnknown, "unknown error"),
+    PTX_ERROR(cudaErrorInvalidClusterSize, "cluster misconfiguration"),
+    PTX_ERROR(cudaErrorUnknown, "unknown error"),
 };
-#undef POP_ERROR
+#undef PTX_ERROR
 
 }  // namespace
-}  // namespace pop::emulator
+}  // namespace ptx_emulator
 
-using namespace pop::emulator;
+using namespace ptx_emulator;
 
 // Programs and their kernels.
 
-POP_API void** __cudaRegisterFatBinary(void* wrapper) {
+PTX_API void** __cudaRegisterFatBinary(void* wrapper) {
   struct Wrapper {
     int magic, version;
     const void* data;
@@ -532,8 +532,8 @@ POP_API void** __cudaRegisterFatBinary(void* wrapper) {
   r.libraries[raw] = std::move(library);
   return reinterpret_cast<void**>(raw);
 }
-POP_API void __cudaRegisterFatBinaryEnd(void**) {}
-POP_API void __cudaUnregisterFatBinary(void** handle) {
+PTX_API void __cudaRegisterFatBinaryEnd(void**) {}
+PTX_API void __cudaUnregisterFatBinary(void** handle) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   Library* library = library_of(handle);
@@ -543,7 +543,7 @@ POP_API void __cudaUnregisterFatBinary(void** handle) {
   std::erase_if(r.managed, [&](const auto& s) { return s.second.library == library; });
   r.libraries.erase(library);
 }
-POP_API void __cudaRegisterFunction(void** handle, const char* stub, char*, const char* name, int, void*, void*, void*,
+PTX_API void __cudaRegisterFunction(void** handle, const char* stub, char*, const char* name, int, void*, void*, void*,
                                     void*, int*) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
@@ -552,19 +552,19 @@ POP_API void __cudaRegisterFunction(void** handle, const char* stub, char*, cons
   kernel->name = name;
   r.functions[stub] = std::move(kernel);
 }
-POP_API void __cudaRegisterVar(void** handle, char* host, char*, const char* name, int, size_t bytes, int, int) {
+PTX_API void __cudaRegisterVar(void** handle, char* host, char*, const char* name, int, size_t bytes, int, int) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   r.symbols[host] = {library_of(handle), name, bytes};
 }
-POP_API void __cudaRegisterHostVar(void**, const char*, char*, size_t) {}
-POP_API void __cudaRegisterManagedVar(void** handle, void** host, char*, const char* name, int, size_t bytes, int,
+PTX_API void __cudaRegisterHostVar(void**, const char*, char*, size_t) {}
+PTX_API void __cudaRegisterManagedVar(void** handle, void** host, char*, const char* name, int, size_t bytes, int,
                                       int) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   r.managed.push_back({host, {library_of(handle), name, bytes}});
 }
-POP_API char __cudaInitModule(void** handle) {
+PTX_API char __cudaInitModule(void** handle) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   for (auto& [host, symbol] : r.managed) {
@@ -577,23 +577,23 @@ POP_API char __cudaInitModule(void** handle) {
   }
   return 1;
 }
-POP_API cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
+PTX_API cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
   KernelHandle* handle = find_kernel(stub);
   if (!kernel) return record(cudaErrorInvalidValue);
   if (!handle) return record(cudaErrorInvalidDeviceFunction);
   *kernel = reinterpret_cast<cudaKernel_t>(handle);
   return cudaSuccess;
 }
-POP_API cudaError_t cudaGetKernel(cudaKernel_t* kernel, const void* stub) { return __cudaGetKernel(kernel, stub); }
-POP_API cudaError_t cudaGetFuncBySymbol(cudaFunction_t* function, const void* stub) {
+PTX_API cudaError_t cudaGetKernel(cudaKernel_t* kernel, const void* stub) { return __cudaGetKernel(kernel, stub); }
+PTX_API cudaError_t cudaGetFuncBySymbol(cudaFunction_t* function, const void* stub) {
   return __cudaGetKernel(reinterpret_cast<cudaKernel_t*>(function), stub);
 }
 
-POP_API unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, CUstream_st* stream) {
+PTX_API unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, CUstream_st* stream) {
   configurations.push_back({grid, block, shared, stream});
   return 0;
 }
-POP_API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+PTX_API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
   if (configurations.empty()) return record(cudaErrorMissingConfiguration);
   const Configuration c = configurations.back();
   configurations.pop_back();
@@ -601,19 +601,19 @@ POP_API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* 
   *static_cast<cudaStream_t*>(stream) = c.stream;
   return cudaSuccess;
 }
-POP_API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+PTX_API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                                        cudaStream_t stream) {
   return record(launch(kernel, grid, block, arguments, shared, stream));
 }
-POP_API cudaError_t __cudaLaunchKernel_ptsz(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+PTX_API cudaError_t __cudaLaunchKernel_ptsz(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                                             cudaStream_t stream) {
   return record(launch(kernel, grid, block, arguments, shared, stream));
 }
-POP_API cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
+PTX_API cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
                                      cudaStream_t stream) {
   return record(launch(function, grid, block, arguments, shared, stream));
 }
-POP_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+PTX_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   if (!config || (config->numAttrs && !config->attrs)) return record(cudaErrorInvalidValue);
   for (unsigned k = 0; k < config->numAttrs; ++k) {
     const cudaLaunchAttribute& a = config->attrs[k];
@@ -629,7 +629,7 @@ POP_API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const 
   return record(
       launch(function, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream));
 }
-POP_API cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block, void** arguments,
+PTX_API cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block, void** arguments,
                                                 size_t shared, cudaStream_t stream) {
   KernelHandle* handle = find_kernel(function);
   if (!handle) return record(cudaErrorInvalidDeviceFunction);
@@ -640,19 +640,19 @@ POP_API cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid,
     return record(cudaErrorCooperativeLaunchTooLarge);
   return record(launch(function, grid, block, arguments, shared, stream, true));
 }
-POP_API cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
+PTX_API cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
   if (!function) return record(cudaErrorInvalidValue);
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   return record(submit(stream, cudaGraphNodeTypeHost, [=] { return function(data), cudaSuccess; }));
 }
-POP_API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t callback, void* data,
+PTX_API cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t callback, void* data,
                                           unsigned flags) {
   if (!callback || flags) return record(cudaErrorInvalidValue);
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   return record(submit(stream, cudaGraphNodeTypeHost, [=] { return callback(stream, sticky(), data), cudaSuccess; }));
 }
 
-POP_API cudaError_t cudaLibraryLoadData(cudaLibrary_t* out, const void* code, cudaJitOption*, void**, unsigned,
+PTX_API cudaError_t cudaLibraryLoadData(cudaLibrary_t* out, const void* code, cudaJitOption*, void**, unsigned,
                                         cudaLibraryOption*, void**, unsigned) {
   if (!out || !code) return record(cudaErrorInvalidValue);
   auto library = std::make_unique<Library>();
@@ -688,7 +688,7 @@ Library* known_library(cudaLibrary_t library) {
   return at == r.libraries.end() ? nullptr : at->second.get();
 }
 }  // namespace
-POP_API cudaError_t cudaLibraryUnload(cudaLibrary_t library) {
+PTX_API cudaError_t cudaLibraryUnload(cudaLibrary_t library) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   if (!known_library(library)) return record(cudaErrorInvalidResourceHandle);
@@ -696,7 +696,7 @@ POP_API cudaError_t cudaLibraryUnload(cudaLibrary_t library) {
   r.libraries.erase(library);
   return cudaSuccess;
 }
-POP_API cudaError_t cudaLibraryGetKernel(cudaKernel_t* out, cudaLibrary_t library, const char* name) {
+PTX_API cudaError_t cudaLibraryGetKernel(cudaKernel_t* out, cudaLibrary_t library, const char* name) {
   if (!out || !name) return record(cudaErrorInvalidValue);
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
@@ -711,7 +711,7 @@ POP_API cudaError_t cudaLibraryGetKernel(cudaKernel_t* out, cudaLibrary_t librar
   r.kernels[handle.get()] = std::move(handle);
   return cudaSuccess;
 }
-POP_API cudaError_t cudaLibraryGetGlobal(void** address, size_t* bytes, cudaLibrary_t library, const char* name) {
+PTX_API cudaError_t cudaLibraryGetGlobal(void** address, size_t* bytes, cudaLibrary_t library, const char* name) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   Library* l = known_library(library);
@@ -722,15 +722,15 @@ POP_API cudaError_t cudaLibraryGetGlobal(void** address, size_t* bytes, cudaLibr
   if (bytes) *bytes = variable->bytes;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaLibraryGetManaged(void** address, size_t* bytes, cudaLibrary_t library, const char* name) {
+PTX_API cudaError_t cudaLibraryGetManaged(void** address, size_t* bytes, cudaLibrary_t library, const char* name) {
   return cudaLibraryGetGlobal(address, bytes, library, name);
 }
-POP_API cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t kernel, cudaFuncAttribute attribute, int value,
+PTX_API cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t kernel, cudaFuncAttribute attribute, int value,
                                                     int device) {
   if (device) return record(cudaErrorInvalidDevice);
   return cudaFuncSetAttribute(kernel, attribute, value);
 }
-POP_API cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
+PTX_API cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
                                                      cudaDriverEntryPointQueryResult* status) {
   if (!symbol || !function) return record(cudaErrorInvalidValue);
   *function = nullptr;  // there is no driver interface yet: tensor maps come with the asynchronous engines
@@ -738,7 +738,7 @@ POP_API cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** 
   return cudaSuccess;
 }
 
-POP_API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function) {
+PTX_API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function) {
   KernelHandle* handle = find_kernel(function);
   if (!out) return record(cudaErrorInvalidValue);
   if (!handle) return record(cudaErrorInvalidDeviceFunction);
@@ -755,7 +755,7 @@ POP_API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* f
   out->preferredShmemCarveout = -1;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+PTX_API cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   KernelHandle* handle = find_kernel(function);
   if (!handle) return record(cudaErrorInvalidDeviceFunction);
   if (const cudaError_t e = handle->resolve()) return record(e);
@@ -770,17 +770,17 @@ POP_API cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute
              ? cudaSuccess
              : record(cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaFuncSetCacheConfig(const void* function, cudaFuncCache) {
+PTX_API cudaError_t cudaFuncSetCacheConfig(const void* function, cudaFuncCache) {
   return record(find_kernel(function) ? cudaSuccess : cudaErrorInvalidDeviceFunction);
 }
-POP_API cudaError_t cudaFuncGetName(const char** name, const void* function) {
+PTX_API cudaError_t cudaFuncGetName(const char** name, const void* function) {
   KernelHandle* handle = find_kernel(function);
   if (!name) return record(cudaErrorInvalidValue);
   if (!handle) return record(cudaErrorInvalidDeviceFunction);
   *name = handle->name.c_str();
   return cudaSuccess;
 }
-POP_API cudaError_t cudaFuncGetParamInfo(const void* function, size_t index, size_t* offset, size_t* bytes) {
+PTX_API cudaError_t cudaFuncGetParamInfo(const void* function, size_t index, size_t* offset, size_t* bytes) {
   KernelHandle* handle = find_kernel(function);
   if (!handle) return record(cudaErrorInvalidDeviceFunction);
   if (const cudaError_t e = handle->resolve()) return record(e);
@@ -789,7 +789,7 @@ POP_API cudaError_t cudaFuncGetParamInfo(const void* function, size_t index, siz
   if (bytes) *bytes = handle->kernel->parameters[index].bytes;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function,
+PTX_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function,
                                                                            int threads, size_t shared, unsigned) {
   KernelHandle* handle = find_kernel(function);
   if (!blocks || threads <= 0) return record(cudaErrorInvalidValue);
@@ -800,11 +800,11 @@ POP_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* 
                 : occupancy(*handle->kernel, static_cast<uint32_t>(threads), static_cast<uint32_t>(shared));
   return cudaSuccess;
 }
-POP_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
+PTX_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
                                                                   size_t shared) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0);
 }
-POP_API cudaError_t cudaOccupancyAvailableDynamicSMemPerBlock(size_t* bytes, const void* function, int blocks, int) {
+PTX_API cudaError_t cudaOccupancyAvailableDynamicSMemPerBlock(size_t* bytes, const void* function, int blocks, int) {
   KernelHandle* handle = find_kernel(function);
   if (!bytes || blocks <= 0) return record(cudaErrorInvalidValue);
   if (!handle) return record(cudaErrorInvalidDeviceFunction);
@@ -817,18 +817,18 @@ POP_API cudaError_t cudaOccupancyAvailableDynamicSMemPerBlock(size_t* bytes, con
 
 // Errors.
 
-POP_API cudaError_t cudaGetLastError() {
+PTX_API cudaError_t cudaGetLastError() {
   const cudaError_t error = sticky() ? sticky() : last_error;
   last_error = cudaSuccess;
   return error;
 }
-POP_API cudaError_t cudaPeekAtLastError() { return sticky() ? sticky() : last_error; }
-POP_API const char* cudaGetErrorName(cudaError_t code) {
+PTX_API cudaError_t cudaPeekAtLastError() { return sticky() ? sticky() : last_error; }
+PTX_API const char* cudaGetErrorName(cudaError_t code) {
   for (const ErrorText& e : kErrors)
     if (e.code == code) return e.name;
   return "unrecognized error code";
 }
-POP_API const char* cudaGetErrorString(cudaError_t code) {
+PTX_API const char* cudaGetErrorString(cudaError_t code) {
   for (const ErrorText& e : kErrors)
     if (e.code == code) return e.text;
   return "unrecognized error code";
@@ -836,32 +836,32 @@ POP_API const char* cudaGetErrorString(cudaError_t code) {
 
 // The device.
 
-POP_API cudaError_t cudaGetDeviceCount(int* count) {
+PTX_API cudaError_t cudaGetDeviceCount(int* count) {
   return count ? (*count = 1, cudaSuccess) : record(cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaGetDevice(int* device) {
+PTX_API cudaError_t cudaGetDevice(int* device) {
   return device ? (*device = 0, cudaSuccess) : record(cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaSetDevice(int device) { return record(device ? cudaErrorInvalidDevice : sticky()); }
-POP_API cudaError_t cudaInitDevice(int device, unsigned, unsigned) {
+PTX_API cudaError_t cudaSetDevice(int device) { return record(device ? cudaErrorInvalidDevice : sticky()); }
+PTX_API cudaError_t cudaInitDevice(int device, unsigned, unsigned) {
   return record(device ? cudaErrorInvalidDevice : cudaSuccess);
 }
-POP_API cudaError_t cudaSetValidDevices(int*, int) { return cudaSuccess; }
-POP_API cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
-POP_API cudaError_t cudaGetDeviceFlags(unsigned* flags) {
+PTX_API cudaError_t cudaSetValidDevices(int*, int) { return cudaSuccess; }
+PTX_API cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
+PTX_API cudaError_t cudaGetDeviceFlags(unsigned* flags) {
   return flags ? (*flags = 0, cudaSuccess) : record(cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaChooseDevice(int* device, const cudaDeviceProp*) {
+PTX_API cudaError_t cudaChooseDevice(int* device, const cudaDeviceProp*) {
   return device ? (*device = 0, cudaSuccess) : record(cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+PTX_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (!value) return record(cudaErrorInvalidValue);
   if (device) return record(cudaErrorInvalidDevice);
   bool known;
   *value = device_attribute(attribute, known);
   return record(known ? cudaSuccess : cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
+PTX_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   if (!p) return record(cudaErrorInvalidValue);
   if (device) return record(cudaErrorInvalidDevice);
   const DeviceLimits& d = device_limits();
@@ -895,17 +895,17 @@ POP_API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->reservedSharedMemPerBlock = 1024;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaDeviceSynchronize() {
+PTX_API cudaError_t cudaDeviceSynchronize() {
   StreamOrder::instance().host_waits_for_all();
   if (const cudaError_t e = sticky()) return record(e);
   return record(forbidden_in_capture(nullptr, true));
 }
-POP_API cudaError_t cudaDeviceReset() {
+PTX_API cudaError_t cudaDeviceReset() {
   Runtime::instance().sticky = cudaSuccess;
   last_error = cudaSuccess;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaDeviceSetLimit(cudaLimit limit, size_t value) {
+PTX_API cudaError_t cudaDeviceSetLimit(cudaLimit limit, size_t value) {
   if (limit == cudaLimitStackSize) {
     if (value > (8u << 20)) return record(cudaErrorInvalidValue);
     set_stack_limit(static_cast<uint32_t>(value));
@@ -913,7 +913,7 @@ POP_API cudaError_t cudaDeviceSetLimit(cudaLimit limit, size_t value) {
   return record(static_cast<int>(limit) < 0 || limit > cudaLimitPersistingL2CacheSize ? cudaErrorUnsupportedLimit
                                                                                       : cudaSuccess);
 }
-POP_API cudaError_t cudaDeviceGetLimit(size_t* value, cudaLimit limit) {
+PTX_API cudaError_t cudaDeviceGetLimit(size_t* value, cudaLimit limit) {
   if (!value) return record(cudaErrorInvalidValue);
   switch (limit) {
     case cudaLimitStackSize:
@@ -929,59 +929,59 @@ POP_API cudaError_t cudaDeviceGetLimit(size_t* value, cudaLimit limit) {
       return record(cudaErrorUnsupportedLimit);
   }
 }
-POP_API cudaError_t cudaDeviceGetCacheConfig(cudaFuncCache* config) {
+PTX_API cudaError_t cudaDeviceGetCacheConfig(cudaFuncCache* config) {
   return config ? (*config = cudaFuncCachePreferNone, cudaSuccess) : record(cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaDeviceSetCacheConfig(cudaFuncCache) { return cudaSuccess; }
-POP_API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+PTX_API cudaError_t cudaDeviceSetCacheConfig(cudaFuncCache) { return cudaSuccess; }
+PTX_API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   if (least) *least = 0;
   if (greatest) *greatest = -5;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
+PTX_API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
   return can ? (*can = 0, cudaSuccess) : record(cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaDeviceGetPCIBusId(char* text, int bytes, int device) {
+PTX_API cudaError_t cudaDeviceGetPCIBusId(char* text, int bytes, int device) {
   if (!text || bytes < 13) return record(cudaErrorInvalidValue);
   if (device) return record(cudaErrorInvalidDevice);
   std::snprintf(text, static_cast<size_t>(bytes), "0000:00:00.0");
   return cudaSuccess;
 }
-POP_API cudaError_t cudaCtxResetPersistingL2Cache() { return cudaSuccess; }
-POP_API cudaError_t cudaDriverGetVersion(int* version) {
+PTX_API cudaError_t cudaCtxResetPersistingL2Cache() { return cudaSuccess; }
+PTX_API cudaError_t cudaDriverGetVersion(int* version) {
   return version ? (*version = 13000, cudaSuccess) : record(cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaRuntimeGetVersion(int* version) {
+PTX_API cudaError_t cudaRuntimeGetVersion(int* version) {
   return version ? (*version = 13000, cudaSuccess) : record(cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaProfilerStart() { return cudaSuccess; }
-POP_API cudaError_t cudaProfilerStop() { return cudaSuccess; }
+PTX_API cudaError_t cudaProfilerStart() { return cudaSuccess; }
+PTX_API cudaError_t cudaProfilerStop() { return cudaSuccess; }
 
 // Memory.
 
-POP_API cudaError_t cudaMalloc(void** p, size_t bytes) { return record(allocate(p, bytes, Allocation::Kind::kDevice)); }
-POP_API cudaError_t cudaMallocManaged(void** p, size_t bytes, unsigned flags) {
+PTX_API cudaError_t cudaMalloc(void** p, size_t bytes) { return record(allocate(p, bytes, Allocation::Kind::kDevice)); }
+PTX_API cudaError_t cudaMallocManaged(void** p, size_t bytes, unsigned flags) {
   if (flags != cudaMemAttachGlobal && flags != cudaMemAttachHost) return record(cudaErrorInvalidValue);
   return record(allocate(p, bytes, Allocation::Kind::kManaged));
 }
-POP_API cudaError_t cudaMallocHost(void** p, size_t bytes) {
+PTX_API cudaError_t cudaMallocHost(void** p, size_t bytes) {
   return record(allocate(p, bytes, Allocation::Kind::kPinned));
 }
-POP_API cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned flags) {
+PTX_API cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned flags) {
   return record(flags > 7 ? cudaErrorInvalidValue : allocate(p, bytes, Allocation::Kind::kPinned));
 }
-POP_API cudaError_t cudaMallocPitch(void** p, size_t* pitch, size_t width, size_t height) {
+PTX_API cudaError_t cudaMallocPitch(void** p, size_t* pitch, size_t width, size_t height) {
   if (!pitch) return record(cudaErrorInvalidValue);
   *pitch = (width + 511) / 512 * 512;
   if (height && *pitch > (size_t{1} << 44) / height) return record(cudaErrorMemoryAllocation);
   return record(allocate(p, *pitch * height, Allocation::Kind::kDevice));
 }
-POP_API cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t stream) {
+PTX_API cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t stream) {
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   if (capturing(stream)) return record(forbidden_in_capture(stream, false));
   return record(allocate(p, bytes, Allocation::Kind::kDevice));
 }
-POP_API cudaError_t cudaFree(void* p) {
+PTX_API cudaError_t cudaFree(void* p) {
   if (const cudaError_t e = sticky()) return record(e);
   if (!p) return cudaSuccess;
   if (const cudaError_t e = forbidden_in_capture(nullptr, true)) return record(e);
@@ -990,42 +990,42 @@ POP_API cudaError_t cudaFree(void* p) {
   StreamOrder::instance().host_waits_for_all();
   return record(Memory::instance().release(p) ? cudaSuccess : cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaFreeAsync(void* p, cudaStream_t stream) {
+PTX_API cudaError_t cudaFreeAsync(void* p, cudaStream_t stream) {
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   if (capturing(stream)) return record(forbidden_in_capture(stream, false));
   return cudaFree(p);
 }
-POP_API cudaError_t cudaFreeHost(void* p) {
+PTX_API cudaError_t cudaFreeHost(void* p) {
   return record(!p || Memory::instance().release(p, true) ? cudaSuccess : cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaHostRegister(void* p, size_t bytes, unsigned) {
+PTX_API cudaError_t cudaHostRegister(void* p, size_t bytes, unsigned) {
   if (!p || !bytes) return record(cudaErrorInvalidValue);
   return record(Memory::instance().add(p, bytes, Allocation::Kind::kRegistered, "")
                     ? cudaSuccess
                     : cudaErrorHostMemoryAlreadyRegistered);
 }
-POP_API cudaError_t cudaHostUnregister(void* p) {
+PTX_API cudaError_t cudaHostUnregister(void* p) {
   return record(Memory::instance().remove(p) ? cudaSuccess : cudaErrorHostMemoryNotRegistered);
 }
-POP_API cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned flags) {
+PTX_API cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned flags) {
   if (!device || flags) return record(cudaErrorInvalidValue);
   if (!Memory::instance().find(host)) return record(cudaErrorInvalidValue);
   *device = host;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaHostGetFlags(unsigned* flags, void* host) {
+PTX_API cudaError_t cudaHostGetFlags(unsigned* flags, void* host) {
   const auto a = Memory::instance().find(host);
   if (!flags || !a) return record(cudaErrorInvalidValue);
   *flags = cudaHostAllocMapped;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+PTX_API cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   const size_t capacity = Memory::instance().capacity();
   if (free) *free = capacity - Memory::instance().used();
   if (total) *total = capacity;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* p) {
+PTX_API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* p) {
   if (!out) return record(cudaErrorInvalidValue);
   *out = {};
   const auto a = Memory::instance().find(p);
@@ -1043,44 +1043,44 @@ POP_API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const v
   out->hostPointer = out->type == cudaMemoryTypeDevice ? nullptr : const_cast<void*>(p);
   return cudaSuccess;
 }
-POP_API cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+PTX_API cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   return record(copy(to, from, bytes, kind, nullptr, false));
 }
-POP_API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+PTX_API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                                     cudaStream_t stream) {
   return record(copy(to, from, bytes, kind, stream, true));
 }
-POP_API cudaError_t cudaMemcpyPeer(void* to, int, const void* from, int, size_t bytes) {
+PTX_API cudaError_t cudaMemcpyPeer(void* to, int, const void* from, int, size_t bytes) {
   return record(copy(to, from, bytes, cudaMemcpyDeviceToDevice, nullptr, false));
 }
-POP_API cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t stream) {
+PTX_API cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t bytes, cudaStream_t stream) {
   return record(copy(to, from, bytes, cudaMemcpyDeviceToDevice, stream, true));
 }
-POP_API cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+PTX_API cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
                                  size_t height, cudaMemcpyKind kind) {
   return record(copy_2d(to, to_pitch, from, from_pitch, width, height, kind, nullptr, false));
 }
-POP_API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+PTX_API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
                                       size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
   return record(copy_2d(to, to_pitch, from, from_pitch, width, height, kind, stream, true));
 }
-POP_API cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset,
+PTX_API cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* from, size_t bytes, size_t offset,
                                        cudaMemcpyKind kind) {
   return record(copy_symbol(symbol, const_cast<void*>(from), bytes, offset, kind, nullptr, true, false));
 }
-POP_API cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, size_t offset,
+PTX_API cudaError_t cudaMemcpyFromSymbol(void* to, const void* symbol, size_t bytes, size_t offset,
                                          cudaMemcpyKind kind) {
   return record(copy_symbol(symbol, to, bytes, offset, kind, nullptr, false, false));
 }
-POP_API cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t bytes, size_t offset,
+PTX_API cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* from, size_t bytes, size_t offset,
                                             cudaMemcpyKind kind, cudaStream_t stream) {
   return record(copy_symbol(symbol, const_cast<void*>(from), bytes, offset, kind, stream, true, true));
 }
-POP_API cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void* symbol, size_t bytes, size_t offset,
+PTX_API cudaError_t cudaMemcpyFromSymbolAsync(void* to, const void* symbol, size_t bytes, size_t offset,
                                               cudaMemcpyKind kind, cudaStream_t stream) {
   return record(copy_symbol(symbol, to, bytes, offset, kind, stream, false, true));
 }
-POP_API cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
+PTX_API cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
   uint8_t* found;
   size_t bytes;
   if (!address) return record(cudaErrorInvalidValue);
@@ -1088,36 +1088,36 @@ POP_API cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) {
   *address = found;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaGetSymbolSize(size_t* bytes, const void* symbol) {
+PTX_API cudaError_t cudaGetSymbolSize(size_t* bytes, const void* symbol) {
   uint8_t* found;
   if (!bytes) return record(cudaErrorInvalidValue);
   return record(symbol_address(symbol, &found, bytes));
 }
-POP_API cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+PTX_API cudaError_t cudaMemset(void* to, int value, size_t bytes) {
   if (const cudaError_t e = forbidden_in_capture(nullptr, true)) return record(e);
   return record(fill_2d(to, bytes, value, bytes, 1, nullptr));
 }
-POP_API cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+PTX_API cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   return record(fill_2d(to, bytes, value, bytes, 1, stream));
 }
-POP_API cudaError_t cudaMemset2D(void* to, size_t pitch, int value, size_t width, size_t height) {
+PTX_API cudaError_t cudaMemset2D(void* to, size_t pitch, int value, size_t width, size_t height) {
   return record(fill_2d(to, pitch, value, width, height, nullptr));
 }
-POP_API cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t height,
+PTX_API cudaError_t cudaMemset2DAsync(void* to, size_t pitch, int value, size_t width, size_t height,
                                       cudaStream_t stream) {
   return record(fill_2d(to, pitch, value, width, height, stream));
 }
-POP_API cudaError_t cudaMemAdvise(const void* p, size_t bytes, cudaMemoryAdvise, cudaMemLocation) {
+PTX_API cudaError_t cudaMemAdvise(const void* p, size_t bytes, cudaMemoryAdvise, cudaMemLocation) {
   return record(device_span(p, bytes) ? cudaSuccess : cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaMemPrefetchAsync(const void* p, size_t bytes, cudaMemLocation, unsigned, cudaStream_t stream) {
+PTX_API cudaError_t cudaMemPrefetchAsync(const void* p, size_t bytes, cudaMemLocation, unsigned, cudaStream_t stream) {
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   return record(device_span(p, bytes) ? cudaSuccess : cudaErrorInvalidValue);
 }
 
 // Streams.
 
-POP_API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned flags, int priority) {
+PTX_API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned flags, int priority) {
   if (!out || flags > 1) return record(cudaErrorInvalidValue);
   if (const cudaError_t e = sticky()) return record(e);
   Runtime& r = Runtime::instance();
@@ -1130,11 +1130,11 @@ POP_API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned fla
   *out = stream;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned flags) {
+PTX_API cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned flags) {
   return cudaStreamCreateWithPriority(out, flags, 0);
 }
-POP_API cudaError_t cudaStreamCreate(cudaStream_t* out) { return cudaStreamCreateWithPriority(out, 0, 0); }
-POP_API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+PTX_API cudaError_t cudaStreamCreate(cudaStream_t* out) { return cudaStreamCreateWithPriority(out, 0, 0); }
+PTX_API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   if (!r.streams.erase(stream)) return record(cudaErrorInvalidResourceHandle);
@@ -1142,47 +1142,47 @@ POP_API cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   delete stream;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+PTX_API cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   if (const cudaError_t e = sticky()) return record(e);
   StreamOrder::instance().host_waits(StreamOrder::instance().at(stream_number(stream)));
   return record(forbidden_in_capture(stream, false));
 }
-POP_API cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
-POP_API cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
+PTX_API cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
+PTX_API cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
   if (!flags) return record(cudaErrorInvalidValue);
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   *flags = reinterpret_cast<uintptr_t>(stream) <= 2 ? 0 : stream->flags;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
+PTX_API cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
   if (!priority) return record(cudaErrorInvalidValue);
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   *priority = reinterpret_cast<uintptr_t>(stream) <= 2 ? 0 : stream->priority;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+PTX_API cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
   if (!id) return record(cudaErrorInvalidValue);
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   *id = reinterpret_cast<uintptr_t>(stream) <= 2 ? 0 : stream->id;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaStreamGetDevice(cudaStream_t stream, int* device) {
+PTX_API cudaError_t cudaStreamGetDevice(cudaStream_t stream, int* device) {
   if (!device) return record(cudaErrorInvalidValue);
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   *device = 0;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaStreamSetAttribute(cudaStream_t stream, cudaStreamAttrID, const cudaStreamAttrValue* value) {
+PTX_API cudaError_t cudaStreamSetAttribute(cudaStream_t stream, cudaStreamAttrID, const cudaStreamAttrValue* value) {
   return record(!value ? cudaErrorInvalidValue : valid_stream(stream) ? cudaSuccess : cudaErrorInvalidResourceHandle);
 }
-POP_API cudaError_t cudaStreamAttachMemAsync(cudaStream_t stream, void*, size_t, unsigned) {
+PTX_API cudaError_t cudaStreamAttachMemAsync(cudaStream_t stream, void*, size_t, unsigned) {
   return record(valid_stream(stream) ? cudaSuccess : cudaErrorInvalidResourceHandle);
 }
 
 // Events.
 
-POP_API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned flags) {
+PTX_API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned flags) {
   if (!out || flags > 7) return record(cudaErrorInvalidValue);
   if (const cudaError_t e = sticky()) return record(e);
   Runtime& r = Runtime::instance();
@@ -1193,15 +1193,15 @@ POP_API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned flags) {
   *out = event;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaEventCreate(cudaEvent_t* out) { return cudaEventCreateWithFlags(out, 0); }
-POP_API cudaError_t cudaEventDestroy(cudaEvent_t event) {
+PTX_API cudaError_t cudaEventCreate(cudaEvent_t* out) { return cudaEventCreateWithFlags(out, 0); }
+PTX_API cudaError_t cudaEventDestroy(cudaEvent_t event) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   if (!r.events.erase(event)) return record(cudaErrorInvalidResourceHandle);
   delete event;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+PTX_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
   if (!known_event(event) || !valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   if (flags > 1) return record(cudaErrorInvalidValue);
   if (const cudaError_t e = sticky()) return record(e);
@@ -1216,10 +1216,10 @@ POP_API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t str
   event->time = std::chrono::steady_clock::now();
   return cudaSuccess;
 }
-POP_API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+PTX_API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return cudaEventRecordWithFlags(event, stream, 0);
 }
-POP_API cudaError_t cudaEventQuery(cudaEvent_t event) {
+PTX_API cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (!known_event(event)) return record(cudaErrorInvalidResourceHandle);
   if (event->capture) {
     event->capture->invalid = true;
@@ -1228,8 +1228,8 @@ POP_API cudaError_t cudaEventQuery(cudaEvent_t event) {
   StreamOrder::instance().host_waits(event->done);
   return record(sticky());
 }
-POP_API cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaEventQuery(event); }
-POP_API cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
+PTX_API cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaEventQuery(event); }
+PTX_API cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
   if (!ms) return record(cudaErrorInvalidValue);
   if (!known_event(start) || !known_event(end)) return record(cudaErrorInvalidResourceHandle);
   if (!start->recorded || !end->recorded || ((start->flags | end->flags) & cudaEventDisableTiming))

@@ -37,7 +37,7 @@ struct CUgraphExec_st {
   std::vector<std::function<cudaError_t()>> work;
 };
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 // A capture in progress: begun on one stream, joined by others through events.
 struct Capture {
@@ -50,13 +50,13 @@ struct Capture {
   unsigned long long id = 0;
 };
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator
 
 struct CUstream_st {
   unsigned flags = 0;
   int priority = 0;
   unsigned long long id = 0;
-  std::shared_ptr<pop::emulator::Capture> capture;
+  std::shared_ptr<ptx_emulator::Capture> capture;
   std::vector<cudaGraphNode_t> tail;  // what the next captured node depends on
 };
 
@@ -64,12 +64,12 @@ struct CUevent_st {
   unsigned flags = 0;
   bool recorded = false;
   std::chrono::steady_clock::time_point time;
-  std::shared_ptr<pop::emulator::Capture> capture;
+  std::shared_ptr<ptx_emulator::Capture> capture;
   std::vector<cudaGraphNode_t> tail;
-  pop::emulator::StreamClock done;  // what the event stands for
+  ptx_emulator::StreamClock done;  // what the event stands for
 };
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 // PTX that came with a program or was loaded; compiled when first used.
 struct Library {
@@ -141,6 +141,6 @@ KernelHandle* find_kernel(const void* function);
 cudaError_t prepare_launch(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
                            std::function<cudaError_t()>& work, bool cooperative = false);
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator
 
-#define POP_API extern "C" __attribute__((visibility("default")))
+#define PTX_API extern "C" __attribute__((visibility("default")))

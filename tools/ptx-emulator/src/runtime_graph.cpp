@@ -4,7 +4,7 @@
 
 #include "runtime.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 cudaGraphNode_t add_node(cudaGraph_t graph, cudaGraphNodeType type, std::function<cudaError_t()> work,
                          std::vector<cudaGraphNode_t> dependencies) {
@@ -93,21 +93,21 @@ cudaError_t begin(cudaStream_t stream, cudaGraph_t graph, cudaStreamCaptureMode 
   return cudaSuccess;
 }
 }  // namespace
-}  // namespace pop::emulator
+}  // namespace ptx_emulator
 
-using namespace pop::emulator;
+using namespace ptx_emulator;
 
-POP_API cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+PTX_API cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
   return record(begin(stream, nullptr, mode, {}));
 }
-POP_API cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t stream, cudaGraph_t graph,
+PTX_API cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t stream, cudaGraph_t graph,
                                                   const cudaGraphNode_t* dependencies, const cudaGraphEdgeData*,
                                                   size_t count, cudaStreamCaptureMode mode) {
   if (!known_graph(graph) || (count && !dependencies)) return record(cudaErrorInvalidValue);
   return record(begin(stream, graph, mode, {dependencies, dependencies + count}));
 }
 
-POP_API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* out) {
+PTX_API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* out) {
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   if (!out) return record(cudaErrorInvalidValue);
   if (!capturing(stream)) return record(cudaErrorIllegalState);
@@ -143,7 +143,7 @@ POP_API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* out) 
   return cudaSuccess;
 }
 
-POP_API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+PTX_API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   if (!status) return record(cudaErrorInvalidValue);
   if (!valid_stream(stream)) return record(cudaErrorInvalidResourceHandle);
   CUstream_st* s = capturing(stream);
@@ -152,7 +152,7 @@ POP_API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCapture
                                   : cudaStreamCaptureStatusActive;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+PTX_API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
                                              unsigned long long* id, cudaGraph_t* graph,
                                              const cudaGraphNode_t** dependencies, const cudaGraphEdgeData** edges,
                                              size_t* count) {
@@ -166,13 +166,13 @@ POP_API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCapt
   if (count) *count = s->tail.size();
   return cudaSuccess;
 }
-POP_API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+PTX_API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   thread_local cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
   if (!mode) return record(cudaErrorInvalidValue);
   std::swap(*mode, current);
   return cudaSuccess;
 }
-POP_API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+PTX_API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
   if (flags > 1) return record(cudaErrorInvalidValue);
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
@@ -201,12 +201,12 @@ POP_API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, 
   return cudaSuccess;
 }
 
-POP_API cudaError_t cudaGraphCreate(cudaGraph_t* out, unsigned flags) {
+PTX_API cudaError_t cudaGraphCreate(cudaGraph_t* out, unsigned flags) {
   if (!out || flags) return record(cudaErrorInvalidValue);
   *out = new_graph();
   return cudaSuccess;
 }
-POP_API cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+PTX_API cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   if (!r.graphs.erase(graph)) return record(cudaErrorInvalidValue);
@@ -218,7 +218,7 @@ POP_API cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   delete graph;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph, unsigned long long) {
+PTX_API cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph, unsigned long long) {
   if (!out || !known_graph(graph)) return record(cudaErrorInvalidValue);
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
@@ -229,23 +229,23 @@ POP_API cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph
   *out = executable;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* out, cudaGraph_t graph, unsigned long long flags) {
+PTX_API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* out, cudaGraph_t graph, unsigned long long flags) {
   return cudaGraphInstantiate(out, graph, flags);
 }
-POP_API cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+PTX_API cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   if (!r.executables.erase(executable)) return record(cudaErrorInvalidValue);
   delete executable;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t stream) {
+PTX_API cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t stream) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
   if (!r.executables.contains(executable)) return record(cudaErrorInvalidValue);
   return record(valid_stream(stream) ? cudaSuccess : cudaErrorInvalidResourceHandle);
 }
-POP_API cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+PTX_API cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   Runtime& r = Runtime::instance();
   std::vector<std::function<cudaError_t()>> work;
   {
@@ -261,7 +261,7 @@ POP_API cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t str
     return cudaSuccess;
   }));
 }
-POP_API cudaError_t cudaGraphExecUpdate(cudaGraphExec_t executable, cudaGraph_t graph,
+PTX_API cudaError_t cudaGraphExecUpdate(cudaGraphExec_t executable, cudaGraph_t graph,
                                         cudaGraphExecUpdateResultInfo* info) {
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
@@ -277,7 +277,7 @@ POP_API cudaError_t cudaGraphExecUpdate(cudaGraphExec_t executable, cudaGraph_t 
   executable->work = std::move(work);
   return cudaSuccess;
 }
-POP_API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {
+PTX_API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {
   if (!known_graph(graph) || !count) return record(cudaErrorInvalidValue);
   const size_t total = graph->nodes.size();
   if (nodes)
@@ -285,7 +285,7 @@ POP_API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes,
   *count = nodes ? std::min(*count, total) : total;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type) {
+PTX_API cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type) {
   if (!node || !type) return record(cudaErrorInvalidValue);
   Runtime& r = Runtime::instance();
   const std::lock_guard lock(r.mutex);
@@ -294,7 +294,7 @@ POP_API cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType
       if (known.get() == node) return *type = node->type, cudaSuccess;
   return record(cudaErrorInvalidValue);
 }
-POP_API cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* out, cudaGraph_t graph, const cudaGraphNode_t* dependencies,
+PTX_API cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* out, cudaGraph_t graph, const cudaGraphNode_t* dependencies,
                                            size_t count, const cudaKernelNodeParams* p) {
   if (!out || !p || !known_graph(graph) || (count && !dependencies)) return record(cudaErrorInvalidValue);
   std::function<cudaError_t()> work;
@@ -304,7 +304,7 @@ POP_API cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* out, cudaGraph_t gra
   (*out)->kernel = *p;
   return cudaSuccess;
 }
-POP_API cudaError_t cudaGraphAddEmptyNode(cudaGraphNode_t* out, cudaGraph_t graph, const cudaGraphNode_t* dependencies,
+PTX_API cudaError_t cudaGraphAddEmptyNode(cudaGraphNode_t* out, cudaGraph_t graph, const cudaGraphNode_t* dependencies,
                                           size_t count) {
   if (!out || !known_graph(graph) || (count && !dependencies)) return record(cudaErrorInvalidValue);
   *out = add_node(graph, cudaGraphNodeTypeEmpty, nullptr, {dependencies, dependencies + count});

@@ -17,7 +17,7 @@
 #include "machine.h"
 #include "module.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 AlignedBytes aligned_bytes(size_t bytes) {
   const size_t rounded = (std::max<size_t>(bytes, 64) + 63) / 64 * 64;
@@ -34,13 +34,13 @@ constexpr uint64_t kSlice = 20000;  // warp instructions after which a loop lets
 constexpr uint32_t kReservedShared = 1024;
 constexpr uint32_t kPollsPerSlice = 32;
 constexpr uint64_t kHopeless = 200;  // turns in a row that a block has spent in spins
-constexpr uint32_t kStallsBeforeRelease = 4, kLookedStallsBeforeRelease = 16;
+constexpr uint32_t kStallsBeforeRelease = 4, kCheckedStallsBeforeRelease = 16;
 // PTX frames are larger than the hardware's, which keeps arguments in registers: the stack limit is scaled by this.
 constexpr uint32_t kFrameRoom = 16;
 
 struct Waiting {
   Warp* warp;
-  Fragment fragment;
+  ConvergenceGroup group;
   const Instruction* instruction;
 };
 
@@ -68,7 +68,7 @@ struct Block {
   uint64_t fruitless = 0;  // slices spent in spins since the grid last changed
   uint64_t seen_writes = 0;
   Warp* running = nullptr;
-  BlockLook look;  // where the launch is looked at
+  BlockShadow shadow;  // of a checked launch
 
   explicit Block(Grid& grid);
   void reset(uint64_t index);
@@ -79,8 +79,8 @@ struct Block {
 
  private:
   void run_warp(Warp& w);
-  template <bool kLooks>
-  void run_fragment(Warp& w, Fragment f);
+  template <bool kChecked>
+  void run_group(Warp& w, ConvergenceGroup f);
   Warp* choose_warp();
 
   void fill_presets(Warp& w, Frame& frame);
@@ -93,8 +93,8 @@ struct Block {
   void release_parked(Warp& w);
   bool release_joins(Warp& w);
   bool stalled(Warp& w);
-  void make_ready(Warp& w, Fragment f);
-  void barrier(Warp& w, const Instruction& i, Fragment f, uint32_t active);
+  void make_ready(Warp& w, ConvergenceGroup f);
+  void barrier(Warp& w, const Instruction& i, ConvergenceGroup f, uint32_t active);
   void check_barriers();
   void complete(Barrier& b);
   void call_builtin(Warp& w, const Call& call, Frame* frame, uint32_t mask);
@@ -110,7 +110,7 @@ struct Grid {
   alignas(8) uint32_t workspace[2] = {8, 0};  // of a cooperative launch: its size, and the grid's barrier
 
   std::mutex mutex;
-  std::unique_ptr<Looks> looks;
+  std::unique_ptr<LaunchChecker> checker;
   std::condition_variable changed;
   std::deque<std::unique_ptr<Block>> suspended;
   std::vector<std::unique_ptr<Block>> spare;
@@ -118,23 +118,23 @@ struct Grid {
   uint64_t next = 0, resident = 0, finished = 0;
   bool admit_next = true;
   std::atomic<uint64_t> instructions{0};
-  uint64_t useful_turns = 0;  // of warps that did not spin, in a launch that is looked at
+  uint64_t useful_turns = 0;  // of warps that did not spin, in a checked launch
   std::atomic<bool> failed{false};
   int code = 0;
   std::string message;
   std::chrono::steady_clock::time_point last_change = std::chrono::steady_clock::now();
 
-  // In a launch that is looked at, the seed decides which block comes next; adversarially, all that can be resident are
+  // In a checked launch, the seed decides which block comes next; adversarially, all that can be resident are
   // first, and then the one that it puts first runs ahead, unless it spins.
   bool admits() {
-    if (!looks || looks->settings.schedule == Schedule::kRoundRobin) return admit_next;
-    return looks->settings.schedule == Schedule::kAdversarial || looks->random() % 3 == 0;
+    if (!checker || checker->settings.schedule == Schedule::kRoundRobin) return admit_next;
+    return checker->settings.schedule == Schedule::kAdversarial || checker->random() % 3 == 0;
   }
   size_t choose_suspended() {
-    if (!looks || looks->settings.schedule == Schedule::kRoundRobin) return 0;
-    if (looks->settings.schedule == Schedule::kRandom) return looks->random() % suspended.size();
+    if (!checker || checker->settings.schedule == Schedule::kRoundRobin) return 0;
+    if (checker->settings.schedule == Schedule::kRandom) return checker->random() % suspended.size();
     size_t best = 0;
-    const auto rank = [&](size_t k) { return std::pair(suspended[k]->fruitless, suspended[k]->look.priority); };
+    const auto rank = [&](size_t k) { return std::pair(suspended[k]->fruitless, suspended[k]->shadow.priority); };
     for (size_t k = 1; k < suspended.size(); ++k)
       if (rank(k) < rank(best)) best = k;
     return best;
@@ -200,7 +200,7 @@ void Block::reset(uint64_t new_index) {
     fill_presets(*w, *w->entry);
     w->ready.push_back({0, w->live, w->entry, nullptr});
   }
-  if (grid->looks) grid->looks->begin_block(look, index, id, warps, shared.get(), shared_bytes);
+  if (grid->checker) grid->checker->begin_block(shadow, index, id, warps, shared.get(), shared_bytes);
 }
 
 uint64_t Block::writes() const {
@@ -377,9 +377,9 @@ void Block::arrive(Warp& w, Join* join, uint32_t mask) {
   drop_join(w, join);
 }
 
-// Fragments that stand at the same place under the same join go on as one.
-void Block::make_ready(Warp& w, Fragment f) {
-  for (Fragment& other : w.ready)
+// Groups that stand at the same place under the same join go on as one.
+void Block::make_ready(Warp& w, ConvergenceGroup f) {
+  for (ConvergenceGroup& other : w.ready)
     if (other.pc == f.pc && other.frame == f.frame && other.join == f.join) {
       other.mask |= f.mask;
       return;
@@ -388,7 +388,7 @@ void Block::make_ready(Warp& w, Fragment f) {
 }
 
 void Block::exit_lanes(Warp& w, uint32_t mask, Join* join, Frame* frame) {
-  if (grid->looks) grid->looks->exit(w, mask);
+  if (grid->checker) grid->checker->exit(w, mask);
   w.live &= ~mask;
   live -= static_cast<uint32_t>(std::popcount(mask));
   for (Frame* f = frame; f;) {
@@ -415,17 +415,17 @@ void Block::exit_lanes(Warp& w, uint32_t mask, Join* join, Frame* frame) {
 // Lanes that wait for others at a .sync instruction go on once all that live and are named have come.
 void Block::release_parked(Warp& w) {
   for (size_t k = 0; k < w.parked.size(); ++k) {
-    const Fragment f = w.parked[k];
+    const ConvergenceGroup f = w.parked[k];
     const Instruction& i = f.frame->code->instructions[f.pc];
     const bool pure =
         i.slots[0] != kNever && f.frame->code->function->statements[i.statement].opcode.starts_with("bar");
-    const auto meets = [&](const Fragment& other) {
+    const auto meets = [&](const ConvergenceGroup& other) {
       if (other.frame == f.frame && other.pc == f.pc) return true;
       const Instruction& o = other.frame->code->instructions[other.pc];
       return pure && o.run == i.run;  // bar.warp.sync may be reached in different places
     };
     uint32_t together = 0;
-    for (const Fragment& other : w.parked)
+    for (const ConvergenceGroup& other : w.parked)
       if (meets(other)) together |= other.mask;
     const uint32_t members =
         reinterpret_cast<const uint32_t*>(f.frame->registers + i.slots[0])[std::countr_zero(f.mask)] & w.live;
@@ -438,16 +438,16 @@ void Block::release_parked(Warp& w) {
     w.current = &i;
     Frame* const frame = w.frame;
     w.frame = f.frame;
-    if (!grid->looks || grid->looks->before(w, i, f.frame->code->looks[f.pc])) i.run(w, i);
+    if (!grid->checker || grid->checker->before(w, i, f.frame->code->effects[f.pc])) i.run(w, i);
     w.frame = frame;
     w.registers = kept;
     w.active = active;
     w.current = current;
-    std::vector<Fragment> stay;
-    std::vector<Fragment> go;
-    for (const Fragment& other : w.parked) (meets(other) ? go : stay).push_back(other);
+    std::vector<ConvergenceGroup> stay;
+    std::vector<ConvergenceGroup> go;
+    for (const ConvergenceGroup& other : w.parked) (meets(other) ? go : stay).push_back(other);
     w.parked = std::move(stay);
-    for (Fragment g : go) {
+    for (ConvergenceGroup g : go) {
       ++g.pc;
       make_ready(w, g);
     }
@@ -456,12 +456,12 @@ void Block::release_parked(Warp& w) {
   }
 }
 
-// Whether a spin seems to wait for lanes of its own warp. A launch that is looked at is sure first that nothing else
+// Whether a spin seems to wait for lanes of its own warp. A checked launch is sure first that nothing else
 // goes on anywhere: lanes that were let go too early would come to the next barrier alone, and that is a finding.
 bool Block::stalled(Warp& w) {
-  if (!grid->looks) return ++w.stalls >= kStallsBeforeRelease;
-  if (w.look->useful_turns != grid->useful_turns) w.look->useful_turns = grid->useful_turns, w.stalls = 0;
-  return ++w.stalls >= kLookedStallsBeforeRelease;
+  if (!grid->checker) return ++w.stalls >= kStallsBeforeRelease;
+  if (w.shadow->useful_turns != grid->useful_turns) w.shadow->useful_turns = grid->useful_turns, w.stalls = 0;
+  return ++w.stalls >= kCheckedStallsBeforeRelease;
 }
 
 // Every thread makes progress: lanes that wait for others that spin (perhaps on them) go on alone.
@@ -482,12 +482,12 @@ void Block::complete(Barrier& b) {
   const Barrier done{b.arrived, b.expected, b.population, b.all, b.any, {}};
   b = Barrier{};
   const ClockRef clock =
-      grid->looks ? grid->looks->complete(look, static_cast<uint32_t>(&b - barriers.data())) : nullptr;
+      grid->checker ? grid->checker->complete(shadow, static_cast<uint32_t>(&b - barriers.data())) : nullptr;
   for (const Waiting& entry : waiting) {
-    if (clock) grid->looks->pass(*entry.warp, entry.fragment.mask, clock);
+    if (clock) grid->checker->pass(*entry.warp, entry.group.mask, clock);
     const Instruction& i = *entry.instruction;
-    uint8_t* registers = entry.fragment.frame->registers;
-    const uint32_t mask = entry.fragment.mask;
+    uint8_t* registers = entry.group.frame->registers;
+    const uint32_t mask = entry.group.mask;
     if (i.immediate == 1) {
       auto* r = reinterpret_cast<uint32_t*>(registers + i.slots[2]);
       for (int l = 0; l < kLanes; ++l)
@@ -496,7 +496,7 @@ void Block::complete(Barrier& b) {
       auto& r = *reinterpret_cast<uint32_t*>(registers + i.slots[2]);
       r = (r & ~mask) | ((i.immediate == 2 ? done.all : done.any) ? mask : 0);
     }
-    Fragment f = entry.fragment;
+    ConvergenceGroup f = entry.group;
     ++f.pc;
     make_ready(*entry.warp, f);
   }
@@ -507,7 +507,7 @@ void Block::check_barriers() {
     if (!b.waiting.empty() && b.arrived >= (b.expected ? b.expected : live)) complete(b);
 }
 
-void Block::barrier(Warp& w, const Instruction& i, Fragment f, uint32_t active) {
+void Block::barrier(Warp& w, const Instruction& i, ConvergenceGroup f, uint32_t active) {
   const int lane = std::countr_zero(active);
   const uint32_t id = w.lanes<uint32_t>(i.slots[0])[lane];
   if (id >= 16) throw KernelFault{kIllegalInstruction, "barrier " + std::to_string(id) + " does not exist"};
@@ -518,7 +518,7 @@ void Block::barrier(Warp& w, const Instruction& i, Fragment f, uint32_t active) 
       throw KernelFault{kIllegalInstruction, "a barrier's thread count must be a multiple of the warp size"};
     b.expected = count;
   }
-  if (grid->looks) grid->looks->arrive(w, i, f.frame->code->looks[f.pc], id, b.expected, active);
+  if (grid->checker) grid->checker->arrive(w, i, f.frame->code->effects[f.pc], id, b.expected, active);
   const uint32_t p = w.predicate(i.slots[3]);
   // Counts are in whole warps: the last warp of an uneven block counts as a full one.
   b.arrived += b.expected && active == w.live ? kLanes : static_cast<uint32_t>(std::popcount(active));
@@ -660,9 +660,9 @@ void Block::call_builtin(Warp& w, const Call& call, Frame* frame, uint32_t mask)
         const uint64_t values = argument(1);
         const int32_t count = print_formatted(
             text(argument(0)), values ? resolve(w, lane, values) : nullptr, text, [&](size_t offset, size_t bytes) {
-              if (grid->looks)
-                grid->looks->system_reads(w, static_cast<uint32_t>(lane), values + offset,
-                                          static_cast<uint32_t>(bytes));
+              if (grid->checker)
+                grid->checker->system_reads(w, static_cast<uint32_t>(lane), values + offset,
+                                            static_cast<uint32_t>(bytes));
             });
         std::memcpy(local + call.results[0].to, &count, 4);
         break;
@@ -692,15 +692,15 @@ void Block::call_builtin(Warp& w, const Call& call, Frame* frame, uint32_t mask)
       case Builtin::kNone:
         break;
     }
-    if (grid->looks)
+    if (grid->checker)
       for (const ArgumentCopy& result : call.results)
-        grid->looks->write_local(w, static_cast<uint32_t>(lane), frame->local_base + result.to, result.bytes);
+        grid->checker->write_local(w, static_cast<uint32_t>(lane), frame->local_base + result.to, result.bytes);
   }
 }
 
 // Runs lanes until they wait, exit, or have had their turn.
-template <bool kLooks>
-void Block::run_fragment(Warp& w, Fragment f) {
+template <bool kChecked>
+void Block::run_group(Warp& w, ConvergenceGroup f) {
   uint32_t pc = f.pc, mask = f.mask;
   Frame* frame = f.frame;
   Join* join = f.join;
@@ -740,8 +740,8 @@ void Block::run_fragment(Warp& w, Fragment f) {
           const uint32_t from = callee->code->local_offsets.at(formals[k]);
           std::memcpy(local + callee->caller->local_base + call.results[k].to, local + callee->local_base + from,
                       std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes));
-          if constexpr (kLooks)
-            grid->looks->copy_local(
+          if constexpr (kChecked)
+            grid->checker->copy_local(
                 w, static_cast<uint32_t>(std::countr_zero(m)), callee->caller->local_base + call.results[k].to,
                 callee->local_base + from,
                 static_cast<uint32_t>(std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes)));
@@ -755,7 +755,7 @@ void Block::run_fragment(Warp& w, Fragment f) {
       continue;
     }
     const Instruction& i = code[pc];
-    if constexpr (kLooks) {
+    if constexpr (kChecked) {
       if (w.slice == 0) {  // another warp's turn
         w.ready.push_front({pc, mask, frame, join});
         return;
@@ -764,14 +764,14 @@ void Block::run_fragment(Warp& w, Fragment f) {
     }
     const uint32_t active = mask & (w.predicate(i.guard) ^ i.guard_flip);
     ++w.issued;
-    if constexpr (kLooks) {
+    if constexpr (kChecked) {
       w.active = active;
       w.current = &i;
-      if (const Look& look = frame->code->looks[pc]; look.last) {
-        grid->looks->issued(w, look, mask, active);
-        w.look->parted = !join && active == mask;
-        // What lanes do together is looked at when they have come together.
-        if (active && i.kind != Kind::kWarpSync && !grid->looks->before(w, i, look)) {
+      if (const InstructionEffects& effects = frame->code->effects[pc]; effects.last) {
+        grid->checker->issued(w, effects, mask, active);
+        w.shadow->parted = !join && active == mask;
+        // What lanes do together is checked once they have come together.
+        if (active && i.kind != Kind::kWarpSync && !grid->checker->before(w, i, effects)) {
           ++pc;
           continue;
         }
@@ -781,7 +781,7 @@ void Block::run_fragment(Warp& w, Fragment f) {
       ++pc;
       continue;
     }
-    if constexpr (!kLooks) w.active = active;
+    if constexpr (!kChecked) w.active = active;
     w.current = &i;
     if (i.kind == Kind::kPlain) [[likely]] {
       i.run(w, i);
@@ -889,11 +889,11 @@ void Block::run_fragment(Warp& w, Fragment f) {
                         std::min<uint64_t>(call.arguments[k].bytes, formals[k]->bytes));
         }
         fill_presets(w, *next);
-        if constexpr (kLooks) {
-          grid->looks->new_frame(w, *next, mask);
+        if constexpr (kChecked) {
+          grid->checker->new_frame(w, *next, mask);
           for (uint32_t m = mask; m; m &= m - 1)
             for (size_t k = 0; k < call.arguments.size(); ++k)
-              grid->looks->copy_local(
+              grid->checker->copy_local(
                   w, static_cast<uint32_t>(std::countr_zero(m)),
                   next->local_base + callee->local_offsets.at(formals[k]), frame->local_base + call.arguments[k].from,
                   static_cast<uint32_t>(std::min<uint64_t>(call.arguments[k].bytes, formals[k]->bytes)));
@@ -911,7 +911,7 @@ void Block::run_fragment(Warp& w, Fragment f) {
         const uint32_t members = w.lanes<uint32_t>(i.slots[0])[std::countr_zero(active)] & w.live;
         if ((members & ~active) == 0) {
           bool runs = true;
-          if constexpr (kLooks) runs = grid->looks->before(w, i, frame->code->looks[pc]);
+          if constexpr (kChecked) runs = grid->checker->before(w, i, frame->code->effects[pc]);
           if (runs) i.run(w, i);
           ++pc;
           break;
@@ -936,38 +936,38 @@ void Block::run_warp(Warp& w) {
   running = &w;
   w.spinning = false;
   const uint64_t began = w.issued;
-  Looks* const looks = grid->looks.get();
-  if (!looks) {
+  LaunchChecker* const checker = grid->checker.get();
+  if (!checker) {
     while (!w.ready.empty() && !w.spinning && w.issued - began < kSlice) {
-      const Fragment f = w.ready.front();
+      const ConvergenceGroup f = w.ready.front();
       w.ready.pop_front();
-      run_fragment<false>(w, f);
+      run_group<false>(w, f);
     }
     return;
   }
-  const bool random = looks->settings.schedule == Schedule::kRandom;
-  w.slice = random ? 1 + looks->random() % (looks->random() % 4 ? 16 : 256) : kSlice;
+  const bool random = checker->settings.schedule == Schedule::kRandom;
+  w.slice = random ? 1 + checker->random() % (checker->random() % 4 ? 16 : 256) : kSlice;
   while (!w.ready.empty() && !w.spinning && w.slice) {
-    const size_t at = random ? looks->random() % w.ready.size() : 0;
-    const Fragment f = w.ready[at];
+    const size_t at = random ? checker->random() % w.ready.size() : 0;
+    const ConvergenceGroup f = w.ready[at];
     w.ready.erase(w.ready.begin() + static_cast<long>(at));
-    run_fragment<true>(w, f);
+    run_group<true>(w, f);
   }
   grid->useful_turns += !w.spinning;
 }
 
-// Of a launch that is looked at, the warp whose turn it is: any, or always the one that the seed puts first, which then
+// Of a checked launch, the warp whose turn it is: any, or always the one that the seed puts first, which then
 // runs ahead of all others until it has to wait. Warps that spin let the others go first.
 Warp* Block::choose_warp() {
-  Looks& looks = *grid->looks;
+  LaunchChecker& checker = *grid->checker;
   Warp* best = nullptr;
   uint32_t count = 0;
   for (auto& w : warps) {
     if (w->ready.empty()) continue;
-    if (looks.settings.schedule == Schedule::kRandom) {
-      if (looks.random() % ++count == 0) best = w.get();
+    if (checker.settings.schedule == Schedule::kRandom) {
+      if (checker.random() % ++count == 0) best = w.get();
     } else {
-      const auto rank = [](const Warp& x) { return std::pair(x.turns_spun, x.look->priority); };
+      const auto rank = [](const Warp& x) { return std::pair(x.turns_spun, x.shadow->priority); };
       if (!best || rank(*w) < rank(*best)) best = w.get();
     }
   }
@@ -983,7 +983,7 @@ bool Block::run() {
     grid->instructions += after - before;
     before = after;
   };
-  const bool in_order = !grid->looks || grid->looks->settings.schedule == Schedule::kRoundRobin;
+  const bool in_order = !grid->checker || grid->checker->settings.schedule == Schedule::kRoundRobin;
   for (;;) {
     bool any = false, spinning = false;
     if (in_order) {
@@ -1020,28 +1020,28 @@ bool Block::run() {
 // The finding names a thread that waits, and where.
 void Block::report_deadlock(const std::string& message) const {
   for (const Barrier& b : barriers)
-    for (const Waiting& entry : b.waiting) return grid->looks->deadlock(message, *entry.warp, entry.fragment);
+    for (const Waiting& entry : b.waiting) return grid->checker->deadlock(message, *entry.warp, entry.group);
   for (const auto& w : warps)
     for (const auto* list : {&w->parked})
-      for (const Fragment& f : *list) return grid->looks->deadlock(message, *w, f);
+      for (const ConvergenceGroup& f : *list) return grid->checker->deadlock(message, *w, f);
   for (const auto& w : warps)
-    for (const Fragment& f : w->ready) return grid->looks->deadlock(message, *w, f);
+    for (const ConvergenceGroup& f : w->ready) return grid->checker->deadlock(message, *w, f);
   for (const auto& w : warps)
     for (const Join* j : w->joins)
-      if (j->arrived) return grid->looks->deadlock(message, *w, {j->pc, j->arrived, j->frame, nullptr});
+      if (j->arrived) return grid->checker->deadlock(message, *w, {j->pc, j->arrived, j->frame, nullptr});
 }
 
 std::string Block::where() const {
   std::string text;
   for (const auto& w : warps) {
-    const auto add = [&](const char* state, const Fragment& f) {
+    const auto add = [&](const char* state, const ConvergenceGroup& f) {
       if (text.size() > 3000) return;
       const auto& code = *f.frame->code;
       text += "\n  " + place(*this, *w, f.mask) + " " + state + " at " +
               (f.pc < code.instructions.size() ? describe(code, code.instructions[f.pc]) : std::string("its end"));
     };
-    for (const Fragment& f : w->ready) add("runs", f);
-    for (const Fragment& f : w->parked) add("waits for other lanes", f);
+    for (const ConvergenceGroup& f : w->ready) add("runs", f);
+    for (const ConvergenceGroup& f : w->parked) add("waits for other lanes", f);
     for (const Join* j : w->joins)
       if (j->arrived) add("waits to reconverge", {j->pc, j->arrived, j->frame, nullptr});
     for (size_t k = 0; k < barriers.size(); ++k)
@@ -1050,7 +1050,7 @@ std::string Block::where() const {
           add(("waits at barrier " + std::to_string(k) + " (" + std::to_string(barriers[k].arrived) + " threads of " +
                std::to_string(barriers[k].expected ? barriers[k].expected : live) + ")")
                   .c_str(),
-              entry.fragment);
+              entry.group);
   }
   return text;
 }
@@ -1111,7 +1111,7 @@ bool guarded_run(Grid& grid, Block& block) {
     fault_return = nullptr;
     const bool deadlock = fault.message.starts_with("deadlock");
     const std::string at = deadlock ? "" : ": " + fault_place(block, block.running);
-    if (deadlock && grid.looks) block.report_deadlock(fault.message);
+    if (deadlock && grid.checker) block.report_deadlock(fault.message);
     grid.fail(fault.code, fault.message + at);
   } catch (const std::exception& error) {
     fault_return = nullptr;
@@ -1122,7 +1122,7 @@ bool guarded_run(Grid& grid, Block& block) {
 
 double deadlock_seconds() {
   static const double seconds = [] {
-    const char* text = std::getenv("POP_EMULATOR_DEADLOCK_SECONDS");
+    const char* text = std::getenv("PTX_EMULATOR_DEADLOCK_SECONDS");
     return text ? std::atof(text) : 5.0;
   }();
   return seconds;
@@ -1188,7 +1188,7 @@ void work(Grid& grid) {
                           deadlock_seconds()) {
         std::string text = "deadlock: every resident block spins and none writes";
         for (const auto& other : grid.suspended) text += text.size() < 4000 ? other->where() : "";
-        if (grid.looks && !grid.suspended.empty()) grid.suspended.front()->report_deadlock(text);
+        if (grid.checker && !grid.suspended.empty()) grid.suspended.front()->report_deadlock(text);
         if (!grid.failed.exchange(true)) grid.code = kLaunchTimeout, grid.message = text;
       }
     }
@@ -1223,7 +1223,7 @@ class Pool {
     if (!threads_.empty() && owner_ == getpid()) return;
     owner_ = getpid();
     threads_.clear();
-    const char* text = std::getenv("POP_EMULATOR_THREADS");
+    const char* text = std::getenv("PTX_EMULATOR_THREADS");
     const int count =
         std::clamp(text ? std::atoi(text) : static_cast<int>(std::thread::hardware_concurrency()), 1, 256);
     for (int k = 0; k < count; ++k) {
@@ -1282,27 +1282,27 @@ LaunchResult run_grid(const LaunchRequest& request) {
                static_cast<uint64_t>(device_limits().sm_count);
   grid.local_stride =
       (request.kernel->local_bytes + (request.kernel->recursive ? kFrameRoom * stack_limit() : 0) + 63) / 64 * 64;
-  if (!look_settings().any()) {
+  if (!launch_settings().any()) {
     Pool::instance().run(grid);
     std::fflush(stdout);
     return {grid.code, grid.message, grid.instructions, {}};
   }
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
-  grid.looks = std::make_unique<Looks>(grid.request, grid.warps, look_settings());
-  grid.looks->set_memory(grid.request.parameters.data(), grid.request.parameters.size(), grid.workspace,
-                         sizeof(grid.workspace));
-  const std::pair<uint32_t, uint32_t> warps = grid.looks->warps();
+  grid.checker = std::make_unique<LaunchChecker>(grid.request, grid.warps, launch_settings());
+  grid.checker->set_memory(grid.request.parameters.data(), grid.request.parameters.size(), grid.workspace,
+                           sizeof(grid.workspace));
+  const std::pair<uint32_t, uint32_t> warps = grid.checker->warps();
   Pool::instance().run(grid, 1);
   std::fflush(stdout);
   grid.suspended.clear(), grid.spare.clear();
-  grid.looks.reset();
+  grid.checker.reset();
   return {grid.code, grid.message, grid.instructions, warps};
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator
 
-namespace pop::emulator {
+namespace ptx_emulator {
 bool guarded(const std::function<void()>& access) {
   install_fault_handler();
   sigjmp_buf here;
@@ -1316,4 +1316,4 @@ bool guarded(const std::function<void()>& access) {
   fault_return = outer;
   return true;
 }
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -3,12 +3,12 @@
 #include <set>
 #include <string>
 
-namespace pop::emulator {
+namespace ptx_emulator {
 int unsupported(const char* name);
 }
 
 // clang-format off
-#define POP_UNSUPPORTED(X) \
+#define PTX_UNSUPPORTED(X) \
   X(__cudaGetProcAddress) X(__cudaRegisterUnifiedTable) X(cudaArrayGetInfo) X(cudaArrayGetMemoryRequirements) \
   X(cudaArrayGetPlane) X(cudaArrayGetSparseProperties) X(cudaCreateChannelDesc) X(cudaCreateSurfaceObject) \
   X(cudaDestroyExternalMemory) X(cudaDestroyExternalSemaphore) X(cudaDestroySurfaceObject) \
@@ -87,6 +87,6 @@ int unsupported(const char* name);
 // clang-format on
 
 #define X(name) \
-  extern "C" __attribute__((visibility("default"))) int name() { return pop::emulator::unsupported(#name); }
-POP_UNSUPPORTED(X)
+  extern "C" __attribute__((visibility("default"))) int name() { return ptx_emulator::unsupported(#name); }
+PTX_UNSUPPORTED(X)
 #undef X

@@ -142,7 +142,7 @@ int main(int argc, char** argv) {
   } else if (mode == "stream") {
     cudaStream_t a;
     OK(cudaStreamCreate(&a));
-    auto expect = reinterpret_cast<void (*)(int, void*)>(dlsym(RTLD_DEFAULT, "pop_emulator_expect_stream"));
+    auto expect = reinterpret_cast<void (*)(int, void*)>(dlsym(RTLD_DEFAULT, "ptx_emulator_expect_stream"));
     expect(1, a);
     fill<<<1, 32, 0, a>>>(y, 1);
     fill<<<1, 32>>>(y, 2);  // stream

@@ -1,6 +1,6 @@
 """Kernels that this project did not write compute right: CUTLASS's device GEMMs against float64.
 
-One is built and run by default; POP_EMULATOR_ALL_CUTLASS=1 builds the others, too (about half a minute each).
+One is built and run by default; PTX_EMULATOR_ALL_CUTLASS=1 builds the others, too (about half a minute each).
 """
 
 import importlib.util
@@ -63,8 +63,8 @@ def build(nvcc, tmp_path):
 
 
 def only_on_request(name: str) -> None:
-    if name != "bf16_128x128x32_4" and not os.environ.get("POP_EMULATOR_ALL_CUTLASS"):
-        pytest.skip("POP_EMULATOR_ALL_CUTLASS=1 builds this one")
+    if name != "bf16_128x128x32_4" and not os.environ.get("PTX_EMULATOR_ALL_CUTLASS"):
+        pytest.skip("PTX_EMULATOR_ALL_CUTLASS=1 builds this one")
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -101,8 +101,8 @@ SCHEDULES = [("roundrobin", 0), ("random", 1), ("random", 2), ("adversarial", 1)
 def look(run_cuda, program, problem, folder, schedule, seed) -> dict:
     """Runs with every check and all counts."""
     report = folder / "report.json"
-    environment = {"POP_EMULATOR_CHECK": "all", "POP_EMULATOR_COUNT": "1", "POP_EMULATOR_REPORT": str(report)}
-    environment |= {"POP_EMULATOR_SCHEDULE": schedule, "POP_EMULATOR_SEED": str(seed)}
+    environment = {"PTX_EMULATOR_CHECK": "all", "PTX_EMULATOR_COUNT": "1", "PTX_EMULATOR_REPORT": str(report)}
+    environment |= {"PTX_EMULATOR_SCHEDULE": schedule, "PTX_EMULATOR_SEED": str(seed)}
     run_cuda.execute(program, *map(str, problem), environment=environment)
     return json.loads(report.read_text())
 

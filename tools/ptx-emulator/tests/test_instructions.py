@@ -5,8 +5,9 @@ import math
 import struct
 
 import numpy as np
-import ptx_emulator as emulator
 import pytest
+
+import ptx_emulator
 
 HEADER = ".version 8.5\n.target sm_80\n.address_size 64\n"
 NAN = float("nan")
@@ -54,7 +55,7 @@ def evaluate(body: str, kinds: str, rows) -> list[int]:
         text += "selp.u32 %r8, 1, 0, %d; st.global.u32 [%ad], %r8;\nret;\n}"
     else:
         text += f"st.global.b{8 * SIZES[out]} [%ad], %d;\nret;\n}}"
-    emulator.load(text)["k"](1, count, 0, result, *arrays)
+    ptx_emulator.load(text)["k"](1, count, 0, result, *arrays)
     return [int(v) for v in result]
 
 
@@ -552,5 +553,5 @@ def test_approximations_within_the_error_of_the_isa(name, limit):
     ],
 )
 def test_unknown_text_is_an_error_with_its_line(body):
-    with pytest.raises(emulator.EmulatorError, match="line "):
+    with pytest.raises(ptx_emulator.EmulatorError, match="line "):
         evaluate(body, "u32 u32", [1])

@@ -6,9 +6,10 @@ import gc
 import itertools
 
 import numpy as np
-import ptx_emulator as emulator
 import pytest
 import torch
+
+import ptx_emulator
 
 HEADER = ".version 8.5\n.target sm_80\n.address_size 64\n"
 SCHEDULES = [("roundrobin", 0), *itertools.product(("random", "adversarial"), range(20))]
@@ -36,12 +37,12 @@ class Case:
 
     def run(self, text, schedule=("roundrobin", 0)):
         source = torch.arange(256, dtype=torch.float32)
-        out, flags = emulator.empty(256, torch.float32, name="out"), torch.zeros(64, dtype=torch.int32)
-        emulator.schedule(*schedule)
-        emulator.clear()
-        with emulator.registered(source, flags):
-            emulator.load(text)["k"](self.grid, self.block, self.dynamic, source, out, flags)
-            return emulator.findings(), out.clone(), out
+        out, flags = ptx_emulator.empty(256, torch.float32, name="out"), torch.zeros(64, dtype=torch.int32)
+        ptx_emulator.schedule(*schedule)
+        ptx_emulator.clear()
+        with ptx_emulator.registered(source, flags):
+            ptx_emulator.load(text)["k"](self.grid, self.block, self.dynamic, source, out, flags)
+            return ptx_emulator.findings(), out.clone(), out
 
 
 STORE = "st.global.f32 [%x2], %f1;"
@@ -812,12 +813,12 @@ CASES = {case.name: case for case in CASES}
 
 @pytest.fixture(autouse=True)
 def looking(monkeypatch):
-    monkeypatch.setenv("POP_EMULATOR_QUIET", "1")
-    emulator.checks("all")
+    monkeypatch.setenv("PTX_EMULATOR_QUIET", "1")
+    ptx_emulator.checks("all")
     yield
-    emulator.checks()
-    emulator.schedule()
-    emulator.clear()
+    ptx_emulator.checks()
+    ptx_emulator.schedule()
+    ptx_emulator.clear()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -827,8 +828,8 @@ def test_broken_kernels_are_found(name):
     for schedule in seeds:
         try:
             found = case.run(case.broken, schedule)[0]
-        except emulator.EmulatorError:
-            found = emulator.findings()
+        except ptx_emulator.EmulatorError:
+            found = ptx_emulator.findings()
         # A mismatch may go on to a deadlock.
         others = {"deadlock"} if case.rule == "mismatched-barrier" else set()
         assert {f.rule for f in found} - others == {case.rule}, (schedule, found)
@@ -899,16 +900,16 @@ def test_wrong_results_are_no_findings(name):
 def test_unknown_and_freed_memory():
     text = Case("", "", "", "ld.global.f32 %f1, [%x1];" + STORE).right
     source, flags = torch.zeros(256), torch.zeros(64, dtype=torch.int32)
-    out = emulator.empty(256, torch.float32)
-    emulator.load(text)["k"](1, 64, 0, source, out, flags)
-    assert [f.rule for f in emulator.findings()] == ["out-of-bounds"]
-    emulator.clear()
-    freed = emulator.empty(256, torch.float32, name="freed")
+    out = ptx_emulator.empty(256, torch.float32)
+    ptx_emulator.load(text)["k"](1, 64, 0, source, out, flags)
+    assert [f.rule for f in ptx_emulator.findings()] == ["out-of-bounds"]
+    ptx_emulator.clear()
+    freed = ptx_emulator.empty(256, torch.float32, name="freed")
     address = np.uint64(freed.data_ptr())
     del freed
     gc.collect()
-    emulator.load(text)["k"](1, 64, 0, address, out, flags)
-    (found,) = emulator.findings()
+    ptx_emulator.load(text)["k"](1, 64, 0, address, out, flags)
+    (found,) = ptx_emulator.findings()
     assert found.rule == "use-after-free" and "'freed'" in found.message and found.count == 1
 
 
@@ -916,14 +917,14 @@ def test_overlapping_registrations_are_one_region():
     cache = torch.zeros(2, 2, 64)  # interleaved key and value caches: each extent leaves out part of the other
     keys, values = cache[:, 0], cache[:, 1]
     text = Case("", "", "", "ld.global.f32 %f1, [%x1]; ld.global.f32 %f1, [%x1+768];" + STORE).right
-    out = emulator.empty(256, torch.float32)
-    with emulator.registered(keys, values):
-        emulator.load(text)["k"](1, 64, 0, cache, out, out)
-        assert not emulator.findings()
-    emulator.clear()
-    with emulator.registered(keys):
-        emulator.load(text)["k"](1, 64, 0, cache, out, out)
-        (found,) = emulator.findings()  # the last 64 belong to the values
+    out = ptx_emulator.empty(256, torch.float32)
+    with ptx_emulator.registered(keys, values):
+        ptx_emulator.load(text)["k"](1, 64, 0, cache, out, out)
+        assert not ptx_emulator.findings()
+    ptx_emulator.clear()
+    with ptx_emulator.registered(keys):
+        ptx_emulator.load(text)["k"](1, 64, 0, cache, out, out)
+        (found,) = ptx_emulator.findings()  # the last 64 belong to the values
         assert found.rule == "out-of-bounds"
 
 
@@ -931,11 +932,11 @@ def test_never_written_output():
     case = Case("", "", "", "setp.lt.u32 %q1, %t, 63; @%q1 st.global.u32 [%x2], %t;")
     found, _, out = case.run(case.right)
     assert not found
-    assert emulator.host_reads(out[:63]) and not emulator.host_reads(out[:64])
-    assert [f.rule for f in emulator.findings()] == ["uninitialized-copy"]
-    emulator.register(out)  # the host writes it
-    emulator.unregister(out)
-    assert emulator.host_reads(out)
+    assert ptx_emulator.host_reads(out[:63]) and not ptx_emulator.host_reads(out[:64])
+    assert [f.rule for f in ptx_emulator.findings()] == ["uninitialized-copy"]
+    ptx_emulator.register(out)  # the host writes it
+    ptx_emulator.unregister(out)
+    assert ptx_emulator.host_reads(out)
 
 
 def test_findings_name_everything():
@@ -961,7 +962,7 @@ def test_a_schedule_repeats():
 
 
 def test_settings_are_checked():
-    for call in (lambda: emulator.checks("bounds"), lambda: emulator.schedule("fair")):
+    for call in (lambda: ptx_emulator.checks("bounds"), lambda: ptx_emulator.schedule("fair")):
         with pytest.raises(ValueError, match="expected"):
             call()
 
@@ -980,6 +981,6 @@ def test_each_check_alone(check):
             continue
         if check != "memory" and case.rule in rules["memory"]:
             continue
-        emulator.checks(check)
+        ptx_emulator.checks(check)
         found = case.run(case.broken)[0]
         assert {f.rule for f in found} == ({case.rule} if case.rule in rules[check] else set()), case.name

@@ -15,8 +15,8 @@ def look(run_cuda):
 
     def run(mode, folder, schedule="roundrobin", seed=0):
         report = folder / "report.json"
-        environment = {"POP_EMULATOR_CHECK": "all", "POP_EMULATOR_REPORT": str(report), "POP_EMULATOR_QUIET": "1"}
-        environment |= {"POP_EMULATOR_SCHEDULE": schedule, "POP_EMULATOR_SEED": str(seed)}
+        environment = {"PTX_EMULATOR_CHECK": "all", "PTX_EMULATOR_REPORT": str(report), "PTX_EMULATOR_QUIET": "1"}
+        environment |= {"PTX_EMULATOR_SCHEDULE": schedule, "PTX_EMULATOR_SEED": str(seed)}
         assert run_cuda.execute(program, mode, environment=environment).stdout == "done\n"
         return json.loads(report.read_text())["findings"]
 

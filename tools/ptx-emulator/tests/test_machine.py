@@ -2,9 +2,10 @@
 """Memory, warps, tensor cores and control flow in raw PTX."""
 
 import numpy as np
-import ptx_emulator as emulator
 import pytest
 import torch
+
+import ptx_emulator
 
 HEADER = ".version 8.5\n.target sm_80\n.address_size 64\n"
 
@@ -17,7 +18,7 @@ def kernel(body: str, parameters: int = 1, declarations: str = "", outside: str 
     )
     text += ".reg .b32 %t; .reg .b64 %p<9>;\n" + declarations + "mov.u32 %t, %tid.x;\n"
     text += "".join(f"ld.param.u64 %p{k}, [a{k}];\n" for k in range(parameters))
-    return emulator.load(text + body + "\nret;\n}")["k"]
+    return ptx_emulator.load(text + body + "\nret;\n}")["k"]
 
 
 def each_thread(body: str, count: int = 32, dtype=np.uint32, block=None, **options) -> np.ndarray:
@@ -46,7 +47,7 @@ def test_arguments_of_all_kinds():
       DONE: ret;""",
         )
     )
-    module = emulator.load(text)
+    module = ptx_emulator.load(text)
     assert module.keys() == ["saxpy"]
     x, y = np.arange(1000, dtype=np.float32), torch.ones(1000)
     assert module["saxpy"](4, 256, 0, x, y, 2.0, 1000) > 0
@@ -55,7 +56,7 @@ def test_arguments_of_all_kinds():
         module["saxpy"](4, 256, 0, x, y, 2.0)
     with pytest.raises(KeyError):
         module["nothing"]
-    with pytest.raises(emulator.EmulatorError, match="configuration"):
+    with pytest.raises(ptx_emulator.EmulatorError, match="configuration"):
         module["saxpy"](4, 2048, 0, x, y, 2.0, 1000)
 
 
@@ -102,15 +103,15 @@ def test_windows_in_generic_space(space):
 
 
 def test_faults_name_the_place():
-    with pytest.raises(emulator.EmulatorError, match=r"misaligned.*line 9") as caught:
+    with pytest.raises(ptx_emulator.EmulatorError, match=r"misaligned.*line 9") as caught:
         kernel("ld.global.u32 %r0, [%p0+2];")(1, 1, 0, np.zeros(4))
     assert caught.value.code == 716
-    with pytest.raises(emulator.EmulatorError, match=r"illegal memory access.*ld.global.u32") as caught:
+    with pytest.raises(ptx_emulator.EmulatorError, match=r"illegal memory access.*ld.global.u32") as caught:
         kernel("mov.u64 %x0, 64; ld.global.u32 %r0, [%x0];")(1, 1, 0, np.zeros(4))
     assert caught.value.code == 700
-    with pytest.raises(emulator.EmulatorError, match="shared memory address out of range"):
+    with pytest.raises(ptx_emulator.EmulatorError, match="shared memory address out of range"):
         kernel("mov.u32 %r1, 4096; st.shared.u32 [%r1], %t;")(1, 1, 0, np.zeros(4))
-    with pytest.raises(emulator.EmulatorError, match="trap"):
+    with pytest.raises(ptx_emulator.EmulatorError, match="trap"):
         kernel("trap;")(1, 1, 0, np.zeros(4))
 
 
@@ -279,7 +280,7 @@ def test_exit_and_ret_of_a_part():
         each_thread("mov.u32 %r0, 1; setp.lt.u32 %q0, %t, 7; @%q0 exit; bar.warp.sync -1; mov.u32 %r0, 2;").tolist()
         == [0] * 7 + [2] * 25
     )
-    with pytest.raises(emulator.EmulatorError, match="brkpt"):
+    with pytest.raises(ptx_emulator.EmulatorError, match="brkpt"):
         each_thread("brkpt; mov.u32 %r0, 1;")
 
 
@@ -353,10 +354,10 @@ def test_blocks_wait_for_lower_blocks():
 
 
 def test_deadlocks_are_reported(monkeypatch):
-    with pytest.raises(emulator.EmulatorError, match=r"deadlock(.|\n)*barrier 0 \(32 threads of 64\)") as caught:
+    with pytest.raises(ptx_emulator.EmulatorError, match=r"deadlock(.|\n)*barrier 0 \(32 threads of 64\)") as caught:
         kernel("setp.ge.u32 %q0, %t, 32; @%q0 bra END; bar.sync 0, 64; END:")(1, 64, 0, np.zeros(4))
     assert caught.value.code == 702
-    with pytest.raises(emulator.EmulatorError, match=r"deadlock(.|\n)*ld.volatile"):
+    with pytest.raises(ptx_emulator.EmulatorError, match=r"deadlock(.|\n)*ld.volatile"):
         kernel("WAIT: ld.volatile.global.u32 %r1, [%p0]; setp.eq.u32 %q0, %r1, 0; @%q0 bra WAIT;")(
             3, 32, 0, np.zeros(4)
         )

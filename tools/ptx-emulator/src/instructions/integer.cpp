@@ -3,8 +3,8 @@
 
 #include "lanes.h"
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
 namespace {
 
 template <class T>
@@ -1200,5 +1200,5 @@ void register_integer(InstructionTable& t) {
   t["isspacep"] = is_space;
 }
 
-}  // namespace POP_ISA
-}  // namespace pop::emulator
+}  // namespace PTX_ISA
+}  // namespace ptx_emulator

@@ -1,15 +1,15 @@
 // How a function of one lane becomes an instruction of a warp. Included by the semantics files, which are compiled once
-// per instruction set of the host (POP_ISA names the set; the loops below are written for the compiler to vectorise).
+// per instruction set of the host (PTX_ISA names the set; the loops below are written for the compiler to vectorise).
 #pragma once
 
 #include <tuple>
 #include <utility>
 
-#include "../decode.h"
+#include "decode.h"
 #include "numbers.h"
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
 
 template <class D>
 inline void store_lanes(D* destination, const D* values, uint32_t active) {
@@ -100,8 +100,8 @@ void register_memory(InstructionTable& table);
 void register_warp(InstructionTable& table);
 void register_tensor(InstructionTable& table);
 
-}  // namespace POP_ISA
+}  // namespace PTX_ISA
 
 void register_control(InstructionTable& table);
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

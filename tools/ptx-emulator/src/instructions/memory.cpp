@@ -4,8 +4,8 @@
 
 #include "lanes.h"
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
 namespace {
 
 [[noreturn]] void fault(int code, const char* what, uint64_t address, int lane) {
@@ -590,5 +590,5 @@ void register_memory(InstructionTable& t) {
   t["cp"] = copy_async;
 }
 
-}  // namespace POP_ISA
-}  // namespace pop::emulator
+}  // namespace PTX_ISA
+}  // namespace ptx_emulator

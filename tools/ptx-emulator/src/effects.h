@@ -8,7 +8,7 @@
 
 #include "ptx.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 // How never-written bytes of the sources come out in the destinations.
 enum class Flow : uint8_t {
@@ -79,7 +79,7 @@ struct LaneSlot {
   uint8_t bytes = 0;    // of a lane; 0: a predicate
 };
 
-struct Look {
+struct InstructionEffects {
   Flow flow = Flow::kNone;
   Touch touch = Touch::kNone;
   Class counted = Class::kOther;
@@ -111,4 +111,4 @@ struct Look {
   uint32_t id = 0;  // in the kernel
 };
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

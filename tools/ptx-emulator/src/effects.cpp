@@ -1,11 +1,11 @@
-#include "look.h"
+#include "effects.h"
 
 #include <algorithm>
 #include <cstdio>
 
 #include "decode.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 const char* class_name(Class c) {
   static constexpr const char* kNames[] = {"integer",     "float",        "double",  "half",        "conversion",
@@ -80,13 +80,13 @@ Class class_of(const Statement& s, const std::vector<Type>& types, Space space) 
 }  // namespace
 
 // Called when the statement has been decoded into at least one instruction.
-void Decoder::describe_look() {
+void Decoder::describe_effects() {
   const Statement& s = *statement_;
   const std::string& op = s.opcode;
   const std::vector<Type> types = types_of(s);
-  Look look;
-  look.last = true;
-  if (s.guard >= 0) look.guard = register_slots_[static_cast<size_t>(s.guard)];
+  InstructionEffects effects;
+  effects.last = true;
+  if (s.guard >= 0) effects.guard = register_slots_[static_cast<size_t>(s.guard)];
   const auto slot_of = [&](const Operand& o) {
     if (o.kind != Operand::Kind::kRegister) return LaneSlot{};
     return LaneSlot{register_slots_[o.reg], static_cast<uint8_t>(type_width(function().registers[o.reg]))};
@@ -107,55 +107,55 @@ void Decoder::describe_look() {
   for (size_t k = 0; k < s.operands.size(); ++k) {
     if (op == "call") break;  // arguments are local memory
     const bool destination = writes && k == 0;
-    add(destination ? look.destinations : look.sources, s.operands[k]);
+    add(destination ? effects.destinations : effects.sources, s.operands[k]);
     if (k < s.pairs.size() && s.pairs[k].kind == Operand::Kind::kRegister)
-      add(destination ? look.destinations : look.sources, s.pairs[k]);
+      add(destination ? effects.destinations : effects.sources, s.pairs[k]);
   }
   if (op == "call" && !s.operands.empty())
     for (const Operand& o : s.operands)
-      if (o.kind == Operand::Kind::kRegister) add(look.sources, o);
+      if (o.kind == Operand::Kind::kRegister) add(effects.sources, o);
 
   const Type last = types.empty() ? Type::kNone : types.back();
-  if (writes) look.flow = Flow::kUse;
-  if (op == "mov" || op == "cvta" || (op == "not" && last != Type::kPred)) look.flow = Flow::kCopy;
-  if (op == "xor" || op == "lop3") look.flow = Flow::kBytewise;
-  if (op == "and") look.flow = Flow::kAnd;
-  if (op == "or") look.flow = Flow::kOr;
-  if (op == "not" && last == Type::kPred) look.flow = Flow::kBytewise;
-  if (op == "selp") look.flow = Flow::kSelect;
-  if (op == "setp" && look.sources.size() == 3 && look.sources[2].slot != ~0u && look.sources[2].bytes == 0 &&
+  if (writes) effects.flow = Flow::kUse;
+  if (op == "mov" || op == "cvta" || (op == "not" && last != Type::kPred)) effects.flow = Flow::kCopy;
+  if (op == "xor" || op == "lop3") effects.flow = Flow::kBytewise;
+  if (op == "and") effects.flow = Flow::kAnd;
+  if (op == "or") effects.flow = Flow::kOr;
+  if (op == "not" && last == Type::kPred) effects.flow = Flow::kBytewise;
+  if (op == "selp") effects.flow = Flow::kSelect;
+  if (op == "setp" && effects.sources.size() == 3 && effects.sources[2].slot != ~0u && effects.sources[2].bytes == 0 &&
       (has(s, "and") || has(s, "or"))) {
-    look.flow = Flow::kCompare, look.decides_zero = has(s, "and");
-    look.compare_slot = look.sources[2].slot, look.compare_negated = s.operands.back().negated;
+    effects.flow = Flow::kCompare, effects.decides_zero = has(s, "and");
+    effects.compare_slot = effects.sources[2].slot, effects.compare_negated = s.operands.back().negated;
   }
   if (op == "prmt" && s.operands.size() == 4 && s.operands[3].kind == Operand::Kind::kInteger &&
       s.modifiers.size() == 1)
-    look.flow = Flow::kPermute, look.groups = static_cast<int64_t>(s.operands[3].bits);
+    effects.flow = Flow::kPermute, effects.groups = static_cast<int64_t>(s.operands[3].bits);
   if ((op == "shl" || op == "shr") && s.operands[2].kind == Operand::Kind::kInteger && s.operands[2].bits < 64) {
     const auto bits = static_cast<int64_t>(s.operands[2].bits);
-    look.flow = Flow::kShift, look.groups = op == "shl" ? bits : -bits, look.sign = is_signed(last);
+    effects.flow = Flow::kShift, effects.groups = op == "shl" ? bits : -bits, effects.sign = is_signed(last);
   }
-  if (op == "shfl") look.flow = Flow::kShuffle;
+  if (op == "shfl") effects.flow = Flow::kShuffle;
   if (op == "vote" || op == "match" || op == "redux" || op == "elect" || barrier)
-    look.flow = writes ? Flow::kAcross : Flow::kNone;
-  if (op == "activemask" || op == "createpolicy") look.flow = Flow::kFine;
+    effects.flow = writes ? Flow::kAcross : Flow::kNone;
+  if (op == "activemask" || op == "createpolicy") effects.flow = Flow::kFine;
   if (op == "cvt" && types.size() == 2 && integral(types[0]) && integral(types[1]) && !has(s, "sat"))
-    look.flow = Flow::kExtend, look.sign = is_signed(types[1]),
-    look.element = static_cast<uint8_t>(type_bytes(types[1]));
-  look.control = op == "bra" || op == "brx" || op == "call" || barrier || op == "ret" || op == "exit";
-  look.aligned = has(s, "aligned") || (op == "bar" && !has(s, "warp"));
+    effects.flow = Flow::kExtend, effects.sign = is_signed(types[1]),
+    effects.element = static_cast<uint8_t>(type_bytes(types[1]));
+  effects.control = op == "bra" || op == "brx" || op == "call" || barrier || op == "ret" || op == "exit";
+  effects.aligned = has(s, "aligned") || (op == "bar" && !has(s, "warp"));
 
   // Memory.
   const auto place = [&](const Address& a) {
-    look.space = a.space, look.narrow = a.narrow, look.address = a.base, look.offset = a.offset;
+    effects.space = a.space, effects.narrow = a.narrow, effects.address = a.base, effects.offset = a.offset;
   };
   const auto order = [&](bool atomic) {
     const bool narrow = has(s, "cta");
     if (atomic || has(s, "volatile") || has(s, "relaxed") || has(s, "acquire") || has(s, "release") ||
         has(s, "acq_rel") || has(s, "mmio"))
-      look.strength = narrow ? Strength::kBlock : Strength::kDevice;
-    look.acquire = has(s, "acquire") || has(s, "acq_rel");
-    look.release = has(s, "release") || has(s, "acq_rel");
+      effects.strength = narrow ? Strength::kBlock : Strength::kDevice;
+    effects.acquire = has(s, "acquire") || has(s, "acq_rel");
+    effects.release = has(s, "release") || has(s, "acq_rel");
   };
   const auto elements_of = [&] {
     return static_cast<uint8_t>(has(s, "v8") ? 8 : has(s, "v4") ? 4 : has(s, "v2") ? 2 : 1);
@@ -165,77 +165,77 @@ void Decoder::describe_look() {
     const Address& a = addresses_[0];
     place(a);
     counted_space = a.space;
-    look.element = static_cast<uint8_t>(type_bytes(last));
-    look.elements = elements_of();
-    look.sign = is_signed(last);
+    effects.element = static_cast<uint8_t>(type_bytes(last));
+    effects.elements = elements_of();
+    effects.sign = is_signed(last);
     order(false);
     if (a.kernel_parameter) {
-      look.flow = Flow::kFine;
+      effects.flow = Flow::kFine;
       counted_space = Space::kParam;
     } else {
-      look.touch = op == "st" ? Touch::kStore : Touch::kLoad;
-      if (op != "st") look.flow = Flow::kMemory;
+      effects.touch = op == "st" ? Touch::kStore : Touch::kLoad;
+      if (op != "st") effects.flow = Flow::kMemory;
       if (has(s, "const")) counted_space = Space::kConst;
-      if (s.operands[op == "st" ? 0 : 1].elements[0].kind != Operand::Kind::kRegister) look.address_constant = true;
+      if (s.operands[op == "st" ? 0 : 1].elements[0].kind != Operand::Kind::kRegister) effects.address_constant = true;
     }
-    if (op != "st") look.sources.clear();  // at most a cache policy
-    if (op == "st" && look.sources.size() > look.elements) look.sources.resize(look.elements);
+    if (op != "st") effects.sources.clear();  // at most a cache policy
+    if (op == "st" && effects.sources.size() > effects.elements) effects.sources.resize(effects.elements);
   } else if ((op == "atom" || op == "red") && !addresses_.empty()) {
     place(addresses_[0]);
-    look.narrow = false;  // a pseudo instruction has widened it
-    look.address = code_.slots[slot_starts_.back() + (op == "atom" ? 1 : 0)];
-    look.touch = Touch::kAtomic;
-    look.element = static_cast<uint8_t>(type_bytes(last)), look.elements = 1;
-    look.reads = !has(s, "exch");
-    if (op == "atom") look.flow = Flow::kMemory;
+    effects.narrow = false;  // a pseudo instruction has widened it
+    effects.address = code_.slots[slot_starts_.back() + (op == "atom" ? 1 : 0)];
+    effects.touch = Touch::kAtomic;
+    effects.element = static_cast<uint8_t>(type_bytes(last)), effects.elements = 1;
+    effects.reads = !has(s, "exch");
+    if (op == "atom") effects.flow = Flow::kMemory;
     order(true);
   } else if (op == "cp") {
-    look.sources.clear();
+    effects.sources.clear();
     if (has(s, "commit_group")) {
-      look.touch = Touch::kAsyncCommit;
+      effects.touch = Touch::kAsyncCommit;
     } else if (has(s, "wait_all")) {
-      look.touch = Touch::kAsyncWait, look.groups = -1;
+      effects.touch = Touch::kAsyncWait, effects.groups = -1;
     } else if (has(s, "wait_group")) {
-      look.touch = Touch::kAsyncWait, look.groups = static_cast<int64_t>(s.operands[0].bits);
+      effects.touch = Touch::kAsyncWait, effects.groups = static_cast<int64_t>(s.operands[0].bits);
     } else if (addresses_.size() == 2) {
       place(addresses_[0]);
-      look.touch = Touch::kAsyncCopy;
-      look.second_address = addresses_[1].base, look.second_offset = addresses_[1].offset;
-      look.element = static_cast<uint8_t>(s.operands[2].bits), look.elements = 1;
-      if (s.operands.size() > 3) add(look.sources, s.operands[3]);
+      effects.touch = Touch::kAsyncCopy;
+      effects.second_address = addresses_[1].base, effects.second_offset = addresses_[1].offset;
+      effects.element = static_cast<uint8_t>(s.operands[2].bits), effects.elements = 1;
+      if (s.operands.size() > 3) add(effects.sources, s.operands[3]);
     }
   } else if ((op == "ldmatrix" || op == "stmatrix") && !addresses_.empty()) {
     place(addresses_[0]);
-    look.space = Space::kShared;
-    look.touch = op == "ldmatrix" ? Touch::kMatrixLoad : Touch::kMatrixStore;
-    if (op == "ldmatrix") look.flow = Flow::kMemory;
-    look.element = 16, look.elements = has(s, "x4") ? 4 : has(s, "x2") ? 2 : 1;
-    look.sign = has(s, "trans");
+    effects.space = Space::kShared;
+    effects.touch = op == "ldmatrix" ? Touch::kMatrixLoad : Touch::kMatrixStore;
+    if (op == "ldmatrix") effects.flow = Flow::kMemory;
+    effects.element = 16, effects.elements = has(s, "x4") ? 4 : has(s, "x2") ? 2 : 1;
+    effects.sign = has(s, "trans");
   } else if (op == "membar" || op == "fence") {
     if (!has(s, "proxy")) {
-      look.touch = Touch::kFence;
-      look.strength = has(s, "cta") ? Strength::kBlock : Strength::kDevice;
-      look.acquire = !has(s, "release"), look.release = !has(s, "acquire");
+      effects.touch = Touch::kFence;
+      effects.strength = has(s, "cta") ? Strength::kBlock : Strength::kDevice;
+      effects.acquire = !has(s, "release"), effects.release = !has(s, "acquire");
     }
   } else if (op == "mma") {
-    look.flow = Flow::kMultiply;
+    effects.flow = Flow::kMultiply;
     for (const std::string& m : s.modifiers) {
       int mm, nn, kk;
       if (std::sscanf(m.c_str(), "m%dn%dk%d", &mm, &nn, &kk) == 3)
-        look.operations =
+        effects.operations =
             uint64_t{2} * static_cast<uint64_t>(mm) * static_cast<uint64_t>(nn) * static_cast<uint64_t>(kk),
-        look.m = mm;
+        effects.m = mm;
     }
     const auto count = [](const Operand& o) {
       return o.kind == Operand::Kind::kVector ? static_cast<int>(o.elements.size()) : 1;
     };
-    look.k_registers_a = count(s.operands[1]), look.registers_b = count(s.operands[2]);
-    look.half_out = types.front() == Type::kF16, look.half_in = types.back() == Type::kF16;
+    effects.k_registers_a = count(s.operands[1]), effects.registers_b = count(s.operands[2]);
+    effects.half_out = types.front() == Type::kF16, effects.half_in = types.back() == Type::kF16;
   }
-  look.counted = class_of(s, types, counted_space);
+  effects.counted = class_of(s, types, counted_space);
 
-  code_.looks.resize(code_.instructions.size());
-  code_.looks.back() = std::move(look);
+  code_.effects.resize(code_.instructions.size());
+  code_.effects.back() = std::move(effects);
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator
