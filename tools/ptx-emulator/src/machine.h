@@ -172,7 +172,7 @@ struct Frame {
   uint32_t return_pc = 0;
   uint32_t local_base = 0;
   uint32_t lanes = 0;          // still inside
-  uint32_t* shadow = nullptr;  // which values were never written (checks.cpp)
+  uint32_t* shadow = nullptr;  // which values were never written (checks/initialization.cpp)
 };
 
 // Where lanes that diverged meet again. Lanes that wait here may be let go early, if the others spin: they then go on
@@ -212,7 +212,7 @@ struct Warp {
   Block* block = nullptr;
   const Instruction* current = nullptr;
   Frame* frame = nullptr;        // current
-  WarpShadow* shadow = nullptr;  // of a checked launch (checks.h)
+  WarpShadow* shadow = nullptr;  // of a checked launch (checks/shadow.h)
 
   // What the scheduler uses.
   uint64_t writes = 0;   // stores, and atomics that changed something

@@ -51,7 +51,7 @@ struct Region {
   std::string name;
   uint64_t id = 0;
   Pages unwritten;  // a byte of ones for each byte that was never written; none: all are written
-  Pages cells;      // races: a Cell (checks.h) for each aligned word
+  Pages cells;      // races: a Cell (checks/shadow.h) for each aligned word
   Pages footprint;  // counts: for each byte, bit 0: read, bit 1: written in the current launch
   uint64_t footprint_launch = 0;
 

@@ -11,6 +11,9 @@
 namespace ptx_emulator {
 namespace PTX_ISA {
 
+template <class T>
+using Unsigned = std::make_unsigned_t<T>;
+
 template <class D>
 inline void store_lanes(D* destination, const D* values, uint32_t active) {
   if (active == kAllLanes) {
@@ -94,6 +97,9 @@ void with_bits(Decoder& d, Type type, F f) {
 inline int first_lane(uint32_t mask) { return std::countr_zero(mask); }
 
 void register_integer(InstructionTable& table);
+void register_bits(InstructionTable& table);
+void register_compare(InstructionTable& table);
+void register_move(InstructionTable& table);
 void register_floating(InstructionTable& table);
 void register_conversion(InstructionTable& table);
 void register_memory(InstructionTable& table);

@@ -6,6 +6,9 @@ namespace PTX_ISA {
 InstructionTable make_table() {
   InstructionTable table;
   register_integer(table);
+  register_bits(table);
+  register_compare(table);
+  register_move(table);
   register_floating(table);
   register_conversion(table);
   register_memory(table);

@@ -1,15 +1,17 @@
-// The device's own C interface: raw PTX for Python, figures for benchmarks, and errors for what is not
-// implemented.
+// The emulator's own C interface: raw PTX for Python, checks and counts, figures for benchmarks.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 
-#include "checks.h"
+#include "checks/settings.h"
+#include "checks/transfers.h"
+#include "counts/history.h"
+#include "counts/report.h"
+#include "findings.h"
 #include "memory.h"
-#include "runtime.h"
-#include "schedule.h"
+#include "runtime/state.h"
 
 namespace ptx_emulator {
 

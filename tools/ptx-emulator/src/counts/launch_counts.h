@@ -3,8 +3,6 @@
 
 #include <cstdint>
 #include <map>
-#include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -54,12 +52,5 @@ class LaunchCounts {
   std::map<uint64_t, AllocationCount> allocations_;
   std::map<uint64_t, Region*> regions_;
 };
-
-// The history of counted launches.
-std::string counts_json();
-std::string counts_text(bool annotate);
-// The PTX text of the history's module of that number; null: there is none.
-std::shared_ptr<const std::string> counted_module(size_t number);
-void clear_counts();
 
 }  // namespace ptx_emulator

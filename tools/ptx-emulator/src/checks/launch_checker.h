@@ -1,9 +1,8 @@
-// Checks a launch as it runs: memory, never-written values, races, barriers; and the counts on the way. A launch
-// that is checked runs on one host thread, in an order that a seed decides.
+// Checks a launch as it runs: memory, never-written values, races, barriers; and counts on the way. A launch that is
+// checked runs on one host thread, in an order that a seed decides.
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -11,132 +10,13 @@
 #include <unordered_set>
 #include <vector>
 
-#include "counts.h"
+#include "checks/settings.h"
+#include "checks/shadow.h"
+#include "counts/launch_counts.h"
 #include "findings.h"
-#include "machine.h"
-#include "memory.h"
 #include "stream_order.h"
 
 namespace ptx_emulator {
-
-enum Check : uint32_t { kCheckMemory = 1, kCheckInit = 2, kCheckRace = 4, kCheckBarrier = 8, kCheckAll = 15 };
-enum class Schedule : uint8_t { kRoundRobin, kRandom, kAdversarial };
-
-// What the next launches are checked for, and in which order they run; from the environment at first.
-struct LaunchSettings {
-  uint32_t checks = 0;
-  Schedule schedule = Schedule::kRoundRobin;
-  uint64_t seed = 0;
-  bool count = false;
-  bool any() const { return checks || schedule != Schedule::kRoundRobin || count; }
-};
-LaunchSettings& launch_settings();
-// False for unknown names. `names`: "memory,init,race,barrier", "all", or nothing.
-bool parse_checks(const char* names, uint32_t& checks);
-bool parse_schedule(const char* name, Schedule& schedule);
-
-// The host reads device memory: a finding, and false, where a byte was never written.
-bool host_reads(const void* base, size_t bytes, const char* who);
-
-// The runtime copies or fills memory, on the stream at hand: a finding where other streams' work races with it.
-void check_transfer(const std::string& what, std::vector<Extent> extents);
-
-// Knowledge of what has happened before: for each thread of a block, the last of its epochs that is ordered before.
-struct ClockPart {
-  std::vector<uint32_t> epochs;  // [warps x 32]
-  std::vector<uint32_t> floors;  // of each warp, the least
-};
-struct Clock {
-  std::map<uint32_t, std::shared_ptr<const ClockPart>> parts;  // by block of the grid
-  const ClockPart* own = nullptr;
-};
-using ClockRef = std::shared_ptr<const Clock>;
-
-// An access that later ones may race with.
-struct Stamp {
-  uint32_t warp = 0;   // unique in the process
-  uint32_t clock = 0;  // of the warp; of an asynchronous copy: its ticket
-  uint32_t lanes = 0;
-  uint32_t info = 0;  // bytes of the word: 4 bits; write, strength: 2, asynchronous; the rest: instruction
-};
-struct Cell {
-  Stamp stamps[3];
-  uint32_t owner = 0, more = 0;  // further stamps, if the owner (a warp's id) is who asks: index + 1
-  // Blocks, by their index modulo 32, whose reads found no place among the stamps; of the launch with that first warp.
-  uint32_t readers_launch = 0, readers = 0;
-};
-static_assert(sizeof(Cell) == 64);
-
-struct BlockShadow;
-class LaunchChecker;
-
-// What an address's strong accesses have published.
-struct SyncVariable {
-  ClockRef wide;    // at device scope
-  ClockRef narrow;  // for one block
-  uint32_t narrow_block = ~0u;
-  uint32_t wide_block = ~0u;  // the only publisher's; ~0: several
-};
-
-struct LaneSync {
-  ClockRef fence_wide, fence_narrow;  // what a relaxed write publishes after a fence
-  ClockRef pending;                   // what relaxed reads saw, until a fence
-  ClockRef pending_block;             // of it, what a fence of block scope suffices for
-};
-
-struct PendingCopy {
-  uint32_t ticket;
-  uint8_t lane, bytes, size;
-  bool early;  // may land before the wait
-  uint8_t* target;
-  const uint8_t* source;
-};
-
-struct WarpShadow {
-  BlockShadow* block = nullptr;
-  Warp* warp = nullptr;
-  uint32_t id = 0;     // unique in the process
-  uint32_t clock = 1;  // epoch of all lanes
-  ClockRef clocks[kLanes];
-  std::unique_ptr<std::array<LaneSync, kLanes>> syncs;
-  AlignedBytes local_unwritten;
-  uint32_t committed[kLanes] = {};
-  std::vector<uint32_t> pending;  // tickets
-  std::vector<PendingCopy> pending_copies;
-  uint64_t priority = 0;
-  uint64_t useful_turns = 0;  // of the grid, when this warp last stalled
-  // A branch led the other live lanes away from these for good: at a barrier, that is right if they go to the exit.
-  bool parted = false;
-  struct Parted {
-    const InstructionEffects* effects;
-    uint32_t missing, arrived;
-  };
-  std::vector<Parted> barriers;  // that were reached so
-};
-
-struct BarrierShadow {
-  std::shared_ptr<Clock> clock;   // of all that arrived
-  const Clock* joined = nullptr;  // the last that went into it
-  uint32_t instruction = ~0u;
-  uint32_t count = 0;
-  Spot first;
-};
-
-struct BlockShadow {
-  LaunchChecker* launch = nullptr;
-  uint32_t index = 0;
-  uint32_t first_warp = 0;  // id
-  Dim3 id;
-  uint8_t* shared = nullptr;
-  uint32_t shared_bytes = 0;
-  Pages unwritten;  // of shared memory: a byte of ones each
-  Pages cells;
-  std::vector<std::vector<Stamp>> more;
-  std::unordered_map<uint64_t, SyncVariable> variables;  // in shared memory
-  std::array<BarrierShadow, 16> barriers;
-  std::vector<std::unique_ptr<WarpShadow>> warps;
-  uint64_t priority = 0;
-};
 
 class LaunchChecker {
  public:
@@ -152,8 +32,7 @@ class LaunchChecker {
   bool before(Warp& w, const Instruction& i, const InstructionEffects& effects);
   // An instruction was issued for `mask`, and its guard left `active`.
   void issued(Warp& w, const InstructionEffects& effects, uint32_t mask, uint32_t active);
-  void arrive(Warp& w, const Instruction& i, const InstructionEffects& effects, uint32_t barrier, uint32_t count,
-              uint32_t lanes);
+  void arrive(Warp& w, const InstructionEffects& effects, uint32_t barrier, uint32_t count, uint32_t lanes);
   // Lanes that waited at a barrier go on: they know what all that arrived knew.
   void pass(Warp& w, uint32_t lanes, const ClockRef& clock);
   ClockRef complete(BlockShadow& block, uint32_t barrier);
@@ -194,6 +73,9 @@ class LaunchChecker {
     Region* region;
   };
 
+  bool before_matrix(Warp& w, const InstructionEffects& effects);
+  bool before_access(Warp& w, const Instruction& i, const InstructionEffects& effects);
+
   Region* find_region(uintptr_t address);
   void refresh();
   Spot spot(const Warp& w, const InstructionEffects& effects, uint32_t lane) const;
@@ -221,10 +103,14 @@ class LaunchChecker {
   void locate_rows(Warp& w, const InstructionEffects& effects, Access& a);
   bool in_frame(const Warp& w, uint32_t lane, uint64_t offset, uint32_t bytes) const;
   bool async_copy(Warp& w, const Instruction& i, const InstructionEffects& effects);
-  void divergent(Warp& w, const InstructionEffects& effects, uint32_t missing, uint32_t arrived);
   void async_wait(Warp& w, uint32_t lanes, int64_t groups);
   void land(WarpShadow& l, const PendingCopy& landing);
   void land_early(WarpShadow& l);
+
+  // Barriers.
+  void divergent(Warp& w, const InstructionEffects& effects, uint32_t missing, uint32_t arrived);
+  void check_convergence(Warp& w, const Instruction& i, const InstructionEffects& effects);
+  void check_match(const Warp& w, const InstructionEffects& effects, uint32_t barrier, uint32_t count, uint32_t lanes);
 
   // Races.
   void touch_rows(Warp& w, const InstructionEffects& effects, const Access& a, bool write);

@@ -2,61 +2,9 @@
 #include <algorithm>
 #include <thread>
 
-#include "runtime.h"
+#include "runtime/launch.h"
 
 namespace ptx_emulator {
-
-cudaGraphNode_t add_node(cudaGraph_t graph, cudaGraphNodeType type, std::function<cudaError_t()> work,
-                         std::vector<cudaGraphNode_t> dependencies) {
-  auto node = std::make_unique<CUgraphNode_st>();
-  node->type = type;
-  node->run = std::move(work);
-  node->dependencies = std::move(dependencies);
-  node->graph = graph;
-  graph->nodes.push_back(std::move(node));
-  return graph->nodes.back().get();
-}
-
-cudaError_t submit(cudaStream_t stream, cudaGraphNodeType type, std::function<cudaError_t()> work,
-                   const cudaKernelNodeParams* kernel) {
-  if (CUstream_st* s = capturing(stream)) {
-    if (s->capture->invalid) return cudaErrorStreamCaptureInvalidated;
-    cudaGraphNode_t node = add_node(s->capture->graph, type, std::move(work), s->tail);
-    if (kernel) node->kernel = *kernel;
-    s->tail = {node};
-    return cudaSuccess;
-  }
-  // Work on the legacy stream would wait for a capturing stream that blocks it.
-  if (reinterpret_cast<uintptr_t>(stream) <= 1) {
-    Runtime& r = Runtime::instance();
-    const std::lock_guard lock(r.mutex);
-    for (const auto& capture : r.captures)
-      if (!(capture->origin->flags & cudaStreamNonBlocking)) {
-        capture->invalid = true;
-        return cudaErrorStreamCaptureImplicit;
-      }
-  }
-  const uint64_t number = stream_number(stream);
-  StreamOrder::instance().enqueue(number, number && !(stream->flags & cudaStreamNonBlocking));
-  return work();
-}
-
-cudaError_t forbidden_in_capture(cudaStream_t stream, bool whole_device) {
-  if (CUstream_st* s = capturing(stream)) {
-    s->capture->invalid = true;
-    return cudaErrorStreamCaptureUnsupported;
-  }
-  if (!whole_device) return cudaSuccess;
-  Runtime& r = Runtime::instance();
-  const std::lock_guard lock(r.mutex);
-  for (const auto& capture : r.captures) {
-    if (capture->mode == cudaStreamCaptureModeRelaxed) continue;
-    if (capture->mode == cudaStreamCaptureModeThreadLocal && capture->thread != std::this_thread::get_id()) continue;
-    capture->invalid = true;
-    return cudaErrorStreamCaptureUnsupported;
-  }
-  return cudaSuccess;
-}
 
 namespace {
 bool known_graph(cudaGraph_t graph) {
@@ -93,6 +41,7 @@ cudaError_t begin(cudaStream_t stream, cudaGraph_t graph, cudaStreamCaptureMode 
   return cudaSuccess;
 }
 }  // namespace
+
 }  // namespace ptx_emulator
 
 using namespace ptx_emulator;

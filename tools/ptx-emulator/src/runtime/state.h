@@ -1,4 +1,4 @@
-// What the runtime's files share: errors, streams, graphs, and the programs' kernels.
+// The runtime's state, which its other files share: errors, programs, streams, captures, graphs.
 #pragma once
 
 #pragma GCC visibility push(default)
@@ -122,8 +122,11 @@ struct Runtime {
   static Runtime& instance();
 };
 
+cudaError_t& last_error();              // the thread's
 cudaError_t record(cudaError_t error);  // remembers a failure as the thread's last error
 void say(const std::string& message);   // keeps it, and prints it once for a person to read
+
+cudaError_t sticky();  // a kernel's fault, which stays until the device is reset
 
 bool valid_stream(cudaStream_t stream);
 uint64_t stream_number(cudaStream_t stream);  // 0: the default stream, by any of its names
@@ -136,10 +139,6 @@ cudaGraphNode_t add_node(cudaGraph_t graph, cudaGraphNodeType type, std::functio
                          std::vector<cudaGraphNode_t> dependencies);
 // For calls that a capture forbids: the error, having invalidated the capture; or success.
 cudaError_t forbidden_in_capture(cudaStream_t stream, bool whole_device);
-
-KernelHandle* find_kernel(const void* function);
-cudaError_t prepare_launch(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
-                           std::function<cudaError_t()>& work, bool cooperative = false);
 
 }  // namespace ptx_emulator
 
