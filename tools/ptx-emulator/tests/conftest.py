@@ -4,12 +4,15 @@ import subprocess
 
 import pytest
 
+import ptx_emulator
+
+pytest.register_assert_rewrite("checked_kernels", "instruction_values")
+
 os.environ.setdefault("PTX_EMULATOR_DEADLOCK_SECONDS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def device():
-    import ptx_emulator
 
     try:
         return ptx_emulator.library_path()
@@ -52,3 +55,14 @@ def run_cuda(nvcc, tmp_path_factory):
 
     run.execute = execute
     return run
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Launches with every check."""
+    monkeypatch.setenv("PTX_EMULATOR_QUIET", "1")
+    ptx_emulator.checks("all")
+    yield
+    ptx_emulator.checks()
+    ptx_emulator.schedule()
+    ptx_emulator.clear()

@@ -1,16 +1,16 @@
-"""The same of programs that nvcc compiled: findings with source lines, streams, copies to the host, CUTLASS."""
+"""Checks of programs that nvcc compiled: findings with source lines, streams, copies to the host, CUTLASS."""
 
 import json
 import pathlib
 
 import pytest
 
-SOURCE = pathlib.Path(__file__).with_name("looks.cu")
+SOURCE = pathlib.Path(__file__).with_name("checks.cu")
 LINES = SOURCE.read_text().split("\n")
 
 
 @pytest.fixture(scope="module")
-def look(run_cuda):
+def check(run_cuda):
     program = run_cuda(SOURCE, "none", flags=("-arch=sm_80", "-lineinfo")).args[0]
 
     def run(mode, folder, schedule="roundrobin", seed=0):
@@ -24,10 +24,10 @@ def look(run_cuda):
 
 
 @pytest.mark.parametrize("mode, rule", [("accumulator", "uninitialized"), ("transpose", "race")])
-def test_source_lines(look, tmp_path, mode, rule):
-    found = look(mode, tmp_path)
+def test_source_lines(check, tmp_path, mode, rule):
+    found = check(mode, tmp_path)
     assert {f["rule"] for f in found} == {rule}
-    assert all(f["source"].endswith("looks.cu") and f["allocation"] == "" for f in found)
+    assert all(f["source"].endswith("checks.cu") and f["allocation"] == "" for f in found)
     (line,) = [k for k, text in enumerate(LINES, 1) if text.endswith("// " + mode)]
     assert line in {f["source_line"] for f in found}
 
@@ -35,12 +35,12 @@ def test_source_lines(look, tmp_path, mode, rule):
 @pytest.mark.parametrize(
     "mode, rule", [("output", "uninitialized-copy"), ("freed", "use-after-free"), ("streams", "race"), ("event", None)]
 )
-def test_the_runtime_looks(look, tmp_path, mode, rule):
-    assert {f["rule"] for f in look(mode, tmp_path)} == ({rule} if rule else set())
+def test_the_runtime_checks(check, tmp_path, mode, rule):
+    assert {f["rule"] for f in check(mode, tmp_path)} == ({rule} if rule else set())
 
 
-def test_races_between_streams_name_both(look, tmp_path):
-    (found,) = look("streams", tmp_path)
+def test_races_between_streams_name_both(check, tmp_path):
+    (found,) = check("streams", tmp_path)
     lines = {k for k, text in enumerate(LINES, 1) if "void fill(" in text}
     assert {found["source_line"], found["second"]["source_line"]} == lines and "fill" in found["second"]["kernel"]
     for mode, first, second in [
@@ -49,20 +49,20 @@ def test_races_between_streams_name_both(look, tmp_path):
         ("copies", "fill", "a fill"),
         ("copies_both", "a copy", "a fill"),
     ]:
-        (found,) = look(mode, tmp_path)
+        (found,) = check(mode, tmp_path)
         assert found["rule"] == "race" and found["allocation"], mode
         assert first in found["kernel"] and second in found["second"]["kernel"], mode
         if "kernel_first" in mode:
             assert found["second"]["source_line"] in lines, mode
-        assert look(mode + "_event", tmp_path) == [], mode
+        assert check(mode + "_event", tmp_path) == [], mode
 
 
-def test_launches_on_an_unexpected_stream(look, tmp_path):
-    (found,) = look("stream", tmp_path)
+def test_launches_on_an_unexpected_stream(check, tmp_path):
+    (found,) = check("stream", tmp_path)
     assert found["rule"] == "stream" and "fill" in found["kernel"]
 
 
 @pytest.mark.parametrize("schedule", ["roundrobin", "random", "adversarial"])
-def test_right_programs_are_without_a_finding(look, tmp_path, schedule):
+def test_right_programs_are_without_a_finding(check, tmp_path, schedule):
     for seed in range(1 if schedule == "roundrobin" else 5):
-        assert look("right", tmp_path, schedule, seed) == []
+        assert check("right", tmp_path, schedule, seed) == []
