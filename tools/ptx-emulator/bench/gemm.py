@@ -3,7 +3,7 @@ every check, and with every check and all counts.
 
 Loading is reported beside them.
 
-python bench/ptx_emulator.py [size] [repetitions]
+python bench/gemm.py [size] [repetitions]
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ import time
 
 import ptx_emulator
 
-SOURCE = pathlib.Path(__file__).resolve().parents[1] / "python_tests" / "emulator" / "cutlass_gemm.cu"
+SOURCE = pathlib.Path(__file__).resolve().parents[1] / "tests" / "cutlass_gemm.cu"
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 // Loads, stores, atomics and asynchronous copies (PTX ISA 9.7.9, 9.7.13). Every access finds its bytes through
-// `locate`, the one place that knows the state spaces; a checked build of the device hooks in there.
+// `locate`, the one place that knows the state spaces.
 #include <atomic>
 
 #include "lanes.h"
