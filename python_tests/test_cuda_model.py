@@ -1,5 +1,4 @@
-"""Whole models whose every operation runs CUDA kernels, on the GPU or the software CUDA device, and the CPU's,
-against float64."""
+"""Whole models whose every operation runs CUDA kernels, on the GPU or the PTX emulator, and the CPU's, against float64."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The CUDA implementation of every operation: on the GPU where there is one, else on the software CUDA device.
+"""The CUDA implementation of every operation: on the GPU where there is one, else on the PTX emulator.
 
 The test bodies are test_ops.py's, with its random inputs, in the shapes that CUDA takes; strided rows lie on 16-byte
-boundaries and no better ones, and on the software device outputs are NaN until written. Beside the bound on whole
+boundaries and no better ones, and on the PTX emulator outputs are NaN until written. Beside the bound on whole
 outputs, each element is held to |error| <= u |reference| + c u S, where S is the reference's sum over absolute values,
 u the unit roundoff (2^-8 in bfloat16, 2^-11 in float16), and c how much of the last bit may be lost inside.
 """
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import zlib
 
-import ptx_emulator as emulator
+import ptx_emulator
 import pytest
 import reference_ops
 import test_ops
@@ -51,7 +51,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 TOKENS = [0, 1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 130, 200]
 
 
-ORDERS = ["roundrobin", "random", "adversarial"]  # of warps, blocks and landing copies on the software device
+ORDERS = ["roundrobin", "random", "adversarial"]  # of warps, blocks and pending copies on the PTX emulator
 EVERY_ORDER = pytest.mark.parametrize("order", ORDERS)
 
 
@@ -67,20 +67,20 @@ def cuda():
 
 
 @pytest.fixture(autouse=True)
-def look(cuda, request):
-    """The software device looks at every launch, and finds no broken rule. A test that asks for no order has one by its
+def checked(cuda, request):
+    """The PTX emulator checks every launch, and finds no broken rule. A test that asks for no order has one by its
     name.
     """
     if torch.cuda.is_available():
         return (yield)
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    emulator.schedule(parameters.get("order", ORDERS[zlib.crc32(request.node.name.encode()) % 3]), seed=1)
-    emulator.checks("all")
-    emulator.clear()
+    ptx_emulator.schedule(parameters.get("order", ORDERS[zlib.crc32(request.node.name.encode()) % 3]), seed=1)
+    ptx_emulator.checks("all")
+    ptx_emulator.clear()
     yield
-    emulator.checks()
-    emulator.schedule()
-    assert not (found := emulator.findings()), found[0]
+    ptx_emulator.checks()
+    ptx_emulator.schedule()
+    assert not (found := ptx_emulator.findings()), found[0]
 
 
 def assert_elements(y: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, c: float = C) -> None:
@@ -352,12 +352,17 @@ def test_attention_elements(dtype, head_size, order):
 # What holds for all operations
 
 
+def set_stream(stream: ctypes.c_void_p | None) -> None:
+    """The stream of later calls on the PTX emulator."""
+    ctypes.CDLL(str(pop_ext.ops.CUDA_LIBRARY)).pop_cuda_set_emulated_stream(stream)
+
+
 def captured(operation, args, kwargs):
     """The output, and a function that runs the captured operation again, which is all that ever runs it."""
-    library, kernels = emulator._library(), emulator._cuda_operations()
+    library = ptx_emulator.runtime()
     stream, graph, executable = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
     assert library.cudaStreamCreate(ctypes.byref(stream)) == 0
-    kernels.pop_cuda_set_emulated_stream(stream)
+    set_stream(stream)
     assert library.cudaStreamBeginCapture(stream, 0) == 0
     output = operation(*args, **kwargs)
     assert library.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
@@ -397,10 +402,10 @@ def test_capture(name, dtype, tokens):
         replays, known = [], [t for t in (*args, *kwargs.values(), output) if isinstance(t, torch.Tensor)]
         for x in inputs:
             args[0].copy_(x)
-            with emulator.registered(*known):
+            with ptx_emulator.registered(*known):
                 replays.append(run(lambda: (replay(), output)[1]))
     finally:
-        emulator._cuda_operations().pop_cuda_set_emulated_stream(None)
+        set_stream(None)
     for x, results in zip(inputs, replays, strict=True):
         args[0].copy_(x)
         expected = run(lambda: operation(*args, **kwargs))
@@ -410,7 +415,7 @@ def test_capture(name, dtype, tokens):
 @test_ops.NAMES
 def test_capture_on_a_gpu(name):
     if not torch.cuda.is_available():
-        pytest.skip("no GPU; test_capture captures on the software device")
+        pytest.skip("no GPU; test_capture captures on the PTX emulator")
     args, kwargs = test_ops.calls(torch.bfloat16, tokens=70)[name]
     args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
     operation = getattr(torch.ops.pop, name)
@@ -466,9 +471,9 @@ def test_repeats_exactly(name, dtype):
 
 def test_on_sm_86():
     """With the 99 KiB of shared memory that a block has there: other tiles and stages."""
-    if torch.cuda.is_available() or os.environ.get("POP_EMULATOR_SM"):
+    if torch.cuda.is_available() or os.environ.get("PTX_EMULATOR_SM"):
         pytest.skip("the device is another one already")
-    environment = {**os.environ, "POP_EMULATOR_SM": "86"}
+    environment = {**os.environ, "PTX_EMULATOR_SM": "86"}
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "elements or large"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "passed" in result.stdout, result.stdout[-3000:]

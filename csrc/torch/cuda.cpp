@@ -1,6 +1,6 @@
 // The operations on CUDA tensors: libpop_cuda.so, which Python loads only where there is a CUDA runtime.
 //
-// On the software CUDA device the runtime is tools/ptx-emulator/src's, and tensors are the CPU's: device memory is host memory.
+// On the PTX emulator (tools/ptx-emulator) tensors are the CPU's: device memory is host memory.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -15,10 +15,10 @@
 extern "C" {
 // torch's, where it is built with CUDA.
 __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-// The software device's, where that is the runtime: its mark, and how memory that kernels may use is made known to it.
-__attribute__((weak)) void* pop_emulator_load(const char* text, size_t bytes);
-__attribute__((weak)) int pop_emulator_register(void* base, size_t bytes, int written, const char* name);
-__attribute__((weak)) int pop_emulator_unregister(const void* base);
+// The PTX emulator's, where that is the runtime: its mark, and how memory that kernels may use is made known to it.
+__attribute__((weak)) void* ptx_emulator_load(const char* text, size_t bytes);
+__attribute__((weak)) int ptx_emulator_register(void* base, size_t bytes, int written, const char* name);
+__attribute__((weak)) int ptx_emulator_unregister(const void* base);
 }
 
 namespace pop {
@@ -29,7 +29,7 @@ using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-bool emulated() { return pop_emulator_load != nullptr; }
+bool emulated() { return ptx_emulator_load != nullptr; }
 
 Stream emulated_stream = nullptr;
 std::vector<Tensor> emulated_workspaces;  // of the calls on that stream, which may be captured and run again later
@@ -64,16 +64,16 @@ class Current {
   Stream stream_ = nullptr;
 };
 
-/// An output or workspace that a kernel writes first. On the software device it is NaN until then.
+/// An output or workspace that a kernel writes first. On the PTX emulator it is NaN until then.
 void introduce(const Tensor& t, const char* name) {
   if (!emulated() || t.numel() == 0) return;
   const size_t bytes = t.numel() * t.element_size();
   std::memset(t.mutable_data_ptr(), 0xff, bytes);
-  if (pop_emulator_register) pop_emulator_register(t.mutable_data_ptr(), bytes, 0, name);
+  if (ptx_emulator_register) ptx_emulator_register(t.mutable_data_ptr(), bytes, 0, name);
 }
 
 void forget(const Tensor& t) {
-  if (pop_emulator_unregister) pop_emulator_unregister(t.const_data_ptr());
+  if (ptx_emulator_unregister) ptx_emulator_unregister(t.const_data_ptr());
 }
 
 /// Device memory for the time of one call, from torch's allocator.
@@ -159,7 +159,7 @@ void project_kv(const Tensor& hidden, const Tensor& weight, const OptionalTensor
 }  // namespace
 }  // namespace pop
 
-/// The stream of every later call on the software device; null is the default one. Workspaces of calls on another
+/// The stream of every later call on the PTX emulator; null is the default one. Workspaces of calls on another
 /// stream live until this is called again.
 extern "C" __attribute__((visibility("default"))) void pop_cuda_set_emulated_stream(void* stream) {
   for (const auto& t : pop::emulated_workspaces) pop::forget(t);
