@@ -7,7 +7,7 @@ SMOLLM2 = build/models/smollm2-135m
 export POP_CUDA_ARCHS ?= 80-virtual
 SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 
-.PHONY: demo test bench bench-peers bench-kernels seeing lint format sanitize sanitize-emulator cutlass
+.PHONY: demo test test-wheel bench bench-peers bench-kernels seeing lint format sanitize sanitize-emulator cutlass
 
 demo: $(SMOLLM2)
 	@$(BIN)/python bench/demo.py $(SMOLLM2)
@@ -16,6 +16,18 @@ demo: $(SMOLLM2)
 # python_tests/skips.toml is a failure.
 test: .venv/smollm2 .venv/gemma build/emulator/lib/libcudart.so.13
 	$(BIN)/python -m pytest --durations=15
+
+# What ships: an sdist, a wheel made of it, and the operation tests on that wheel, installed in an environment of its own.
+test-wheel: .venv/built
+	rm -rf build/dist build/wheel-venv
+	$(BIN)/python -m build --no-isolation --sdist --outdir build/dist
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/dist build/dist/*.tar.gz
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt build/dist/*.whl expecttest hypothesis pytest
+	export POP_EMULATOR_PATH=$${POP_EMULATOR_PATH:-$(CURDIR)/build/emulator/lib}; rm -rf build/wheel-tests; cp -r python_tests build/wheel-tests; \
+	cd build/wheel-tests && ../wheel-venv/bin/python -m pytest -c /dev/null --rootdir . -q test_ops.py test_cuda_ops.py \
+	  -k "not on_sm_86 and not properties"
 
 bench: $(SMOLLM2)
 	$(BIN)/python bench/prefill.py $(SMOLLM2)
@@ -40,6 +52,7 @@ bench-kernels: build/emulator/lib/libcudart.so.13
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: .venv/built

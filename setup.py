@@ -1,6 +1,7 @@
-"""The build backend that pyproject.toml names: scikit-build-core's hooks, which build CMakeLists.txt. In an environment
-of its own, pip also takes the packages of the extra `cuda-build`: CUTLASS, and nvcc where none is on the PATH. POP_CUDA=0
-builds without CUDA.
+"""The build backend that pyproject.toml names: scikit-build-core's hooks, which build CMakeLists.txt.
+
+In an environment of its own, pip also takes the packages of the extra `cuda-build`: CUTLASS, and nvcc where none is on
+the PATH. POP_CUDA=0 builds without CUDA.
 """
 
 import os
