@@ -14,7 +14,6 @@ from pathlib import Path
 # Before torch starts its threads: waiting threads sleep. Spinning ones make a busy machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import ptx_emulator
 import pytest
 import torch
 import transformers
@@ -223,6 +222,8 @@ def cuda_operations():
     """torch.ops.pop's CUDA kernels for CPU tensors: on the GPU where there is one, else on the PTX emulator; skips
     where they were not built.
     """
+    import ptx_emulator
+
     from pop_ext import ops
 
     if not ops.CUDA_LIBRARY.exists():

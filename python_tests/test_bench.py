@@ -11,7 +11,6 @@ import sysconfig
 import time
 from pathlib import Path
 
-import ptx_emulator
 import pytest
 import torch
 import transformers
@@ -182,6 +181,8 @@ KERNELS = "rms_norm", "linear", "gated_linear", "qkv_project", "attention", "pro
 @pytest.fixture(scope="module")
 def run_kernel():
     """Runs one of the programs, which are built with what pip built, and returns the finished process."""
+    import ptx_emulator
+
     try:
         device = ptx_emulator.library_path()
     except FileNotFoundError as error:
