@@ -42,7 +42,7 @@ bool capturing(Stream stream) {
 
 void read(const char* operation, void* to, const void* from, size_t bytes, Stream stream) {
   if (bytes == 0) return;
-  check(operation, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
+  check(operation, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
   check(operation, cudaStreamSynchronize(stream));
 }
 
