@@ -14,7 +14,9 @@ namespace {
 // than threads would have, they share the context out.
 
 constexpr int64_t kTaskRows = 384;
-constexpr int64_t kBlockKeys = 256, kBlockKeysAllHeads = 64;
+template <typename T>
+constexpr int64_t kBlockKeys = kTiles<T> ? 128 : 256;  // scores and weights of kTileRows<T> rows stay in L1
+constexpr int64_t kBlockKeysAllHeads = 64;
 constexpr int64_t kMinSplitKeys = 128;
 
 struct Task {
@@ -51,6 +53,8 @@ void pack_values(const T* const* rows, int keys, int64_t size, float* panel, int
       store(panel + e, v);
     });
   }
+  for (int64_t lane = lanes_of<T>(keys); lane < panel_lanes<T>(keys); ++lane, panel += panel_stride)
+    for (int64_t e = 0; e < size; e += kLanes) store(panel + e, Vec{});
 }
 
 template <typename T>
@@ -61,6 +65,7 @@ class Kernel {
         size_(p.key_cache.head_size),
         group_(p.query_heads / p.key_cache.heads),
         key_lanes_(lanes_of<T>(size_)),
+        key_depth_(panel_lanes<T>(size_)),
         value_stride_(round_up(size_, kTileColumns)) {}
 
   void run(const Threads& threads) {
@@ -74,7 +79,7 @@ class Kernel {
     const int64_t splits =
         std::clamp<int64_t>(wanted / std::max<int64_t>(1, count), 1, std::max<int64_t>(1, longest / kMinSplitKeys));
     if (splits == 1) {
-      parallel_for(threads, count, [&](int64_t i) {
+      parallel_for<TileScope<T>>(threads, count, [&](int64_t i) {
         struct Tag;
         Partial partial(scratch<Tag, float>(Partial::floats(most_rows, value_stride_)), rows_of(tasks[i]),
                         value_stride_);
@@ -88,7 +93,7 @@ class Kernel {
     const auto partial = [&](int64_t i, int64_t split) {
       return Partial(workspace.get() + (i * splits + split) * floats, rows_of(tasks[i]), value_stride_);
     };
-    parallel_for(threads, count * splits, [&](int64_t item) {
+    parallel_for<TileScope<T>>(threads, count * splits, [&](int64_t item) {
       const Task& task = tasks[item / splits];
       const int64_t keys = round_up((task.last_key - task.first_key + splits - 1) / splits, kLanes);
       const int64_t first = std::min(task.last_key, task.first_key + item % splits * keys);
@@ -134,7 +139,7 @@ class Kernel {
   }
 
   void prefetch(const PagedCache& cache, const Task& task, int64_t first, int count) const {
-    const T* rows[kBlockKeys];
+    const T* rows[kBlockKeys<T>];
     locate(cache, task, task.first_head, first, count, rows);
     for (int j = 0; j < count; ++j)
       for (int64_t h = 0; h < task.heads; ++h)
@@ -146,16 +151,16 @@ class Kernel {
     struct KeyTag;
     struct ValueTag;
     const int64_t rows = rows_of(task), head_rows = task.queries * group_, query_stride = key_lanes_ * kPerLane<T>;
-    Factor<T>* query = scratch<QueryTag, Factor<T>>(rows * query_stride);
+    Factor<T>* query = scratch<QueryTag, Factor<T>>((rows + tile::kRows) * query_stride);
     gather_queries(task, query, query_stride);
     std::fill_n(state.maximum, rows, -kInfinity);
     std::fill_n(state.sums, rows * kLanes, 0.0f);
     std::fill_n(state.values, rows * value_stride_, 0.0f);
 
-    float* keys = scratch<KeyTag, float>(kBlockKeys * key_lanes_);
-    float* values = scratch<ValueTag, float>(value_stride_ * lanes_of<T>(kBlockKeys));
-    const int64_t value_lanes = lanes_of<T>(kBlockKeys);
-    const int64_t block = task.heads > 1 ? kBlockKeysAllHeads : kBlockKeys;
+    float* keys = scratch<KeyTag, float>(kBlockKeys<T> * key_depth_);
+    float* values = scratch<ValueTag, float>(value_stride_ * lanes_of<T>(kBlockKeys<T>));
+    const int64_t value_lanes = lanes_of<T>(kBlockKeys<T>);
+    const int64_t block = task.heads > 1 ? kBlockKeysAllHeads : kBlockKeys<T>;
     const auto keys_from = [&](int64_t key) { return static_cast<int>(std::clamp<int64_t>(last_key - key, 0, block)); };
     const auto prefetch_from = [&](int64_t key) {
       prefetch(p_.key_cache, task, key, keys_from(key));
@@ -167,18 +172,18 @@ class Kernel {
       if (key + block < last_key) prefetch_from(key + block);
       Partial head_state = state;
       for (int64_t h = 0; h < task.heads; ++h, head_state.advance(head_rows)) {
-        const T* row[kBlockKeys];
+        const T* row[kBlockKeys<T>];
         locate(p_.key_cache, task, task.first_head + h, key, count, row);
         for (int j = 0; j < count; j += kTileColumns)
-          pack_panel<T>(row + j, std::min(kTileColumns, count - j), size_, keys + j * key_lanes_, kTileColumns);
+          pack_panel<T>(row + j, std::min(kTileColumns, count - j), size_, keys + j * key_depth_, kTileColumns);
         locate(p_.value_cache, task, task.first_head + h, key, count, row);
         for (int64_t e = 0; e < size_; e += kTileColumns) {
           pack_values<T>(row, count, std::min<int64_t>(kTileColumns, size_ - e), values + e * value_lanes,
                          kTileColumns);
           for (int j = 0; j < count; ++j) row[j] += kTileColumns;
         }
-        for (int64_t r = 0; r < head_rows; r += kTileRows)
-          step(task, head_state, r, static_cast<int>(std::min<int64_t>(kTileRows, head_rows - r)),
+        for (int64_t r = 0; r < head_rows; r += kTileRows<T>)
+          step(task, head_state, r, static_cast<int>(std::min<int64_t>(kTileRows<T>, head_rows - r)),
                query + (h * head_rows + r) * query_stride, query_stride, key, count, keys, values, value_lanes);
       }
     }
@@ -213,18 +218,18 @@ class Kernel {
     if (!p_.spans) keys = static_cast<int>(std::min<int64_t>(keys, last - key + 1));
     if (keys <= 0 || (p_.window > 0 && key + keys - 1 <= first - p_.window)) return;
 
-    alignas(64) float scores[kTileRows * kBlockKeys];
-    alignas(64) Factor<T> weights[kTileRows * kBlockKeys];
+    alignas(64) float scores[kTileRows<T> * kBlockKeys<T>];
+    alignas(64) Factor<T> weights[kTileRows<T> * kBlockKeys<T>];
     for (int j = 0; j < keys; j += kTileColumns)
-      multiply_tile<T>(count, std::min(kTileColumns, keys - j), query, query_stride, key_panels + j * key_lanes_,
-                       kTileColumns, key_lanes_, nullptr, scores + j, kBlockKeys);
+      multiply_tile<T>(count, std::min(kTileColumns, keys - j), query, query_stride, key_panels + j * key_depth_,
+                       kTileColumns, key_lanes_, nullptr, scores + j, kBlockKeys<T>);
     const bool all_visible =
         !p_.spans && keys % kLanes == 0 && key + keys - 1 <= first && (p_.window == 0 || key > last - p_.window);
     // The rows' new maxima, and how much what they have so far shrinks by them.
     const float scale = p_.scale * kLog2E;
-    alignas(64) float maxima[kTileRows], alpha[round_up(kTileRows, kLanes)] = {};
+    alignas(64) float maxima[kTileRows<T>], alpha[round_up(kTileRows<T>, kLanes)] = {};
     for (int i = 0; i < count; ++i) {
-      float* score = scores + i * kBlockKeys;
+      float* score = scores + i * kBlockKeys<T>;
       if (!all_visible) mask(task, base + (r + i) / group_, key, keys, score);
       Vec top = load(score);
       for (int j = kLanes; j < keys; j += kLanes) top = max(top, load(score + j));
@@ -235,17 +240,17 @@ class Kernel {
     }
     for (int i = 0; i < count; i += kLanes) store(alpha + i, exp2(load(alpha + i)));
     for (int i = 0; i < count; ++i) {
-      const float* score = scores + i * kBlockKeys;
+      const float* score = scores + i * kBlockKeys<T>;
       Vec sum = load(state.sums + (r + i) * kLanes) * alpha[i];
       for (int j = 0; j < keys; j += kLanes) {
         const Vec weight = exp2((load(score + j) - maxima[i]) * scale);  // in this order: at the maximum exactly 1
         sum += weight;
-        store(weights + i * kBlockKeys + j, weight);
+        store(weights + i * kBlockKeys<T> + j, weight);
       }
       store(state.sums + (r + i) * kLanes, sum);
     }
     for (int64_t e = 0; e < size_; e += kTileColumns)
-      multiply_tile<T>(count, static_cast<int>(std::min<int64_t>(kTileColumns, size_ - e)), weights, kBlockKeys,
+      multiply_tile<T>(count, static_cast<int>(std::min<int64_t>(kTileColumns, size_ - e)), weights, kBlockKeys<T>,
                        value_panels + e * value_lanes, kTileColumns, lanes_of<T>(keys), alpha,
                        state.values + r * value_stride_ + e, value_stride_);
   }
@@ -290,7 +295,7 @@ class Kernel {
   }
 
   const Attention& p_;
-  const int64_t size_, group_, key_lanes_, value_stride_;
+  const int64_t size_, group_, key_lanes_, key_depth_, value_stride_;
 };
 
 }  // namespace

@@ -20,6 +20,9 @@ namespace pop::cpu::POP_ISA {
 #if defined(__AVX512BF16__)
 inline constexpr int kLanes = 16;
 inline constexpr bool kBf16Dot = true;  // vdpbf16ps multiplies pairs of bf16 into fp32
+#elif defined(POP_EMULATED_TILES)
+inline constexpr int kLanes = 16;       // the compiler makes such a vector of what the processor has
+inline constexpr bool kBf16Dot = true;  // in plain arithmetic
 #elif defined(__AVX2__)
 inline constexpr int kLanes = 8;
 inline constexpr bool kBf16Dot = false;
