@@ -12,10 +12,6 @@ POP_INLINE Vec broadcast_lane(const void* p) {
   return bit_cast<Vec>(lane + Int{});
 }
 
-/// Of pairs of bf16, the first or the second of each, as floats.
-POP_INLINE Vec even(Int pairs) { return bit_cast<Vec>(pairs << 16); }
-POP_INLINE Vec odd(Int pairs) { return bit_cast<Vec>(pairs & -65536); }
-
 template <typename T>
 POP_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) {
   if constexpr (kPerLane<T> == 2) {
@@ -115,28 +111,32 @@ void dots(const Factor<T>* x, int64_t x_stride, const T* w, int64_t k, float* c,
   // Chains of dependent sums: enough to hide their latency, few enough for the registers.
   constexpr int kSums = kConverted<T> ? 2 : 1, kChains = kLanes == 16 || Rows < 2 ? 4 * kSums : Rows < 3 ? 4 : 2;
   constexpr int kStep = kDotStep<T>, kUnroll = kChains / kSums;
-  Vec acc[Rows][kChains] = {};
-  int64_t i = 0;
-  for (; i + kUnroll * kStep <= k; i += kUnroll * kStep) {
+  Vec total[Rows] = {};
+  for (int64_t i = 0; i < k;) {
+    Vec acc[Rows][kChains] = {};
+    const int64_t end = std::min(k, i + kSumLanes * kUnroll * kStep);
+    for (; i + kUnroll * kStep <= end; i += kUnroll * kStep) {
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u)
-      dot_step<T>(x + i + u * kStep, x_stride, w + i + u * kStep, std::integral_constant<int, kStep>{}, acc, u * kSums);
-  }
-  for (; i < k; i += kStep) dot_step<T>(x + i, x_stride, w + i, k - i, acc, 0);
+      for (int u = 0; u < kUnroll; ++u)
+        dot_step<T>(x + i + u * kStep, x_stride, w + i + u * kStep, std::integral_constant<int, kStep>{}, acc,
+                    u * kSums);
+    }
+    for (; i < end; i += kStep) dot_step<T>(x + i, x_stride, w + i, end - i, acc, 0);
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    Vec sum = acc[r][0];
+    for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
-    for (int u = 1; u < kChains; ++u) sum += acc[r][u];
-    c[r * c_stride] = reduce_add(sum);
+      for (int u = 1; u < kChains; ++u) acc[r][0] += acc[r][u];
+      total[r] += acc[r][0];
+    }
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) c[r * c_stride] = reduce_add(total[r]);
 }
 
 #if defined(__AMX_BF16__) || defined(POP_EMULATED_TILES)
 
 /// RowTiles x ColumnTiles tiles of C, in tiles 0 to 3. The second row of them begins `below` rows after the first:
-/// fewer than a tile's rows where they overlap, which writes the same sums twice. A dp adds 32 products up before it
-/// adds to C, so that the sum is in blocks already.
+/// fewer than a tile's rows where they overlap, which writes the same sums twice.
 template <int RowTiles, int ColumnTiles>
 void tile_block(int below, const bf16* a, int64_t a_stride, const float* panel, int64_t panel_stride, int64_t lanes,
                 float* c, int64_t c_stride) {
@@ -175,24 +175,35 @@ void tile_block(int below, const bf16* a, int64_t a_stride, const float* panel, 
   }
 }
 
+/// c[r] = (scale ? scale[r] : 1) c[r] + sums[r].
+void add_rows(int rows, int columns, const float* sums, int64_t sums_stride, const float* scale, float* c,
+              int64_t c_stride) {
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < columns; i += kLanes)
+      store(c + r * c_stride + i,
+            load(c + r * c_stride + i) * (scale ? scale[r] : 1) + load(sums + r * sums_stride + i));
+}
+
 void multiply_on_tiles(int rows, int columns, const bf16* a, int64_t a_stride, const float* panel, int64_t panel_stride,
                        int64_t lanes, const float* alpha, float* c, int64_t c_stride) {
   static constexpr decltype(&tile_block<1, 1>) kBlocks[] = {tile_block<1, 1>, tile_block<1, 2>, tile_block<2, 1>,
                                                             tile_block<2, 2>};
-  constexpr int64_t kProductStride = kTileColumns;
-  alignas(64) float products[kTileRows<bf16> * kProductStride];
-  float* sums = alpha ? products : c;
-  const int64_t stride = alpha ? kProductStride : c_stride;
+  // A dp adds 32 products up before it adds to C, so that the sum is in blocks already, up to here.
+  constexpr int64_t kMostLanes = 512;
   const int row_tiles = rows > tile::kRows ? 2 : 1;
-  for (int column = 0; column < columns; column += 2 * kLanes) {
-    const int column_tiles = columns - column > kLanes ? 2 : 1;
-    kBlocks[2 * row_tiles + column_tiles - 3](rows - tile::kRows, a, a_stride, panel + column, panel_stride, lanes,
-                                              sums + column, stride);
+  for (int64_t k = 0; k < lanes; k += kMostLanes) {
+    alignas(64) float partial[kTileRows<bf16> * kTileColumns];
+    const bool add = alpha || k > 0;
+    float* sums = add ? partial : c;
+    const int64_t stride = add ? kTileColumns : c_stride;
+    for (int column = 0; column < columns; column += 2 * kLanes) {
+      const int column_tiles = columns - column > kLanes ? 2 : 1;
+      kBlocks[2 * row_tiles + column_tiles - 3](rows - tile::kRows, a + 2 * k, a_stride,
+                                                panel + k * panel_stride + column, panel_stride,
+                                                std::min(kMostLanes, lanes - k), sums + column, stride);
+    }
+    if (add) add_rows(rows, columns, partial, kTileColumns, k > 0 ? nullptr : alpha, c, c_stride);
   }
-  if (!alpha) return;
-  for (int r = 0; r < rows; ++r)
-    for (int column = 0; column < columns; column += kLanes)
-      store(c + r * c_stride + column, load(c + r * c_stride + column) * alpha[r] + load(sums + r * stride + column));
 }
 
 #endif

@@ -31,7 +31,7 @@ inline constexpr int kTileRows = kTiles<T> ? 2 * tile::kRows : kVectorRows;
 inline constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 inline constexpr int kTileColumns = kTileVecs * kLanes;
 inline constexpr int64_t kFewTokens = 12;  // up to here dot products beat packing the weight
-inline constexpr int64_t kSumLanes = 128;  // lanes of k in a block of the sum
+inline constexpr int64_t kSumLanes = 144;  // lanes of k in a block of the sum; divides many widths of models
 
 /// How elements of T are multiplied: in pairs where the processor multiplies bf16, else as floats. A lane holds
 /// kPerLane of them.

@@ -52,6 +52,10 @@ POP_INLINE float to_float(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 1
 
 POP_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
+/// Of pairs of bf16, the first or the second of each, as floats.
+POP_INLINE Vec even(Int pairs) { return bit_cast<Vec>(pairs << 16); }
+POP_INLINE Vec odd(Int pairs) { return bit_cast<Vec>(pairs & -65536); }
+
 POP_INLINE Vec widen(Half h) { return bit_cast<Vec>(__builtin_convertvector(h, Int) << 16); }
 
 /// Round to nearest even; NaN stays NaN (the quiet bit is set, as rounding could carry a NaN's payload into infinity).
@@ -182,14 +186,20 @@ POP_INLINE Vec exp2(Vec t) {
 #endif
 }
 
+/// In blocks, whose sums are then added up: a long sum of positive numbers rounds most of what it adds.
 template <typename T>
 POP_INLINE float sum_of_squares(const T* x, int64_t size) {
-  Vec sum{};
-  for_each_vector(size, [&](int64_t i, auto n) {
-    const Vec v = load(x + i, n);
-    sum += v * v;
-  });
-  return reduce_add(sum);
+  constexpr int64_t kBlock = 32 * kLanes;
+  Vec total{};
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    Vec sum{};
+    for_each_vector(size - begin < kBlock ? size - begin : kBlock, [&](int64_t i, auto n) {
+      const Vec v = load(x + begin + i, n);
+      sum += v * v;
+    });
+    total += sum;
+  }
+  return reduce_add(total);
 }
 
 inline constexpr float kLog2E = 1.44269504088896340736f;
