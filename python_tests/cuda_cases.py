@@ -11,12 +11,12 @@ from __future__ import annotations
 import zlib
 
 import op_cases
+import ptx_emulator
 import pytest
 import torch
 from helpers import cuda_operations
 from op_cases import UNIT, Draw
 
-from pop_ext import emulator
 
 BOUND = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 C = 0.05  # c for one multiplication
@@ -44,13 +44,13 @@ def check_launches(cuda, request):
     if torch.cuda.is_available():
         return (yield)
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    emulator.schedule(parameters.get("order", ORDERS[zlib.crc32(request.node.name.encode()) % 3]), seed=1)
-    emulator.checks("all")
-    emulator.clear()
+    ptx_emulator.schedule(parameters.get("order", ORDERS[zlib.crc32(request.node.name.encode()) % 3]), seed=1)
+    ptx_emulator.checks("all")
+    ptx_emulator.clear()
     yield
-    emulator.checks()
-    emulator.schedule()
-    assert not (found := emulator.findings()), found[0]
+    ptx_emulator.checks()
+    ptx_emulator.schedule()
+    assert not (found := ptx_emulator.findings()), found[0]
 
 
 def assert_elements(y: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, c: float = C) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import op_cases
+import ptx_emulator
 import pytest
 import reference_ops
 import torch
@@ -17,12 +18,11 @@ from cuda_cases import DTYPES, check_launches, cuda  # noqa: F401  fixtures
 from op_cases import EPS, NAMES, Draw, assert_close, calls
 
 import pop_ext.ops
-from pop_ext import emulator
 
 
 def captured(operation, args, kwargs):
     """The output, and a function that runs the captured operation again, which is all that ever runs it."""
-    library, kernels = emulator._library(), emulator._cuda_operations()
+    library, kernels = ptx_emulator.runtime(), ctypes.CDLL(str(pop_ext.ops.CUDA_LIBRARY))
     stream, graph, executable = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
     assert library.cudaStreamCreate(ctypes.byref(stream)) == 0
     kernels.pop_cuda_set_emulated_stream(stream)
@@ -65,10 +65,10 @@ def test_capture(name, dtype, tokens):
         replays, known = [], [t for t in (*args, *kwargs.values(), output) if isinstance(t, torch.Tensor)]
         for x in inputs:
             args[0].copy_(x)
-            with emulator.registered(*known):
+            with ptx_emulator.registered(*known):
                 replays.append(run(lambda: (replay(), output)[1]))
     finally:
-        emulator._cuda_operations().pop_cuda_set_emulated_stream(None)
+        ctypes.CDLL(str(pop_ext.ops.CUDA_LIBRARY)).pop_cuda_set_emulated_stream(None)
     for x, results in zip(inputs, replays, strict=True):
         args[0].copy_(x)
         expected = run(lambda: operation(*args, **kwargs))
@@ -199,7 +199,7 @@ def test_errors_of_others():
     """An error that another library left behind is not an operation's, and stays for whoever caused it."""
     if torch.cuda.is_available():
         pytest.skip("torch reports errors of its own on a GPU")
-    library, invalid_device = emulator._library(), 101
+    library, invalid_device = ptx_emulator.runtime(), 101
     assert library.cudaSetDevice(99) == invalid_device
     try:
         for name, (args, kwargs) in calls(torch.bfloat16).items():
@@ -216,7 +216,7 @@ def test_every_kernel_is_loaded():
         image = pop_ext.ops.cuda_image()
         assert image["sm"] >= image["ptx"] >= 80
         return
-    kernels, message = emulator._cuda_operations(), ctypes.create_string_buffer(1024)
+    kernels, message = ctypes.CDLL(str(pop_ext.ops.CUDA_LIBRARY)), ctypes.create_string_buffer(1024)
     assert kernels.pop_cuda_load_kernels(message, len(message)) > 64, message.value
     sm, ptx = ctypes.c_int(), ctypes.c_int()
     assert kernels.pop_cuda_image(ctypes.byref(sm), ctypes.byref(ptx), message, len(message)) == 0, message.value
