@@ -116,7 +116,7 @@ class Pop:
         import pop_ext
 
         torch.set_num_threads(THREADS)
-        self.model = pop_ext.load(model, dtype=torch.bfloat16)
+        self.model = pop_ext.load(model, dtype=torch.bfloat16, device="cpu")
 
     def run(self, prompt_tokens: int, decode_tokens: int, prefill_depth: int) -> dict:
         prompt = random_prompt(self.model.spec.vocab_size, prompt_tokens)
@@ -128,7 +128,7 @@ class Pop:
             for _ in range(decode_tokens):
                 token = self.model.decode([sequence], [token])[0].argmax().item()
         self.model.free(sequence)
-        return times(prefill, decode, stages=vars(stages))
+        return times(prefill, decode, stages={name: getattr(stages, name) for name in stages.STAGES})
 
 
 class Transformers:

@@ -1,6 +1,6 @@
-"""A double of a GPU: tensors of another device, "gpudouble:0", that run the real CUDA kernels on the software device.
+"""A double of a GPU: tensors of another device, "gpudouble:0", that run the real CUDA kernels on the PTX emulator.
 
-It is torch's Python backend (PrivateUse1). A tensor's data lie in host memory, as the software device's memory does;
+It is torch's Python backend (PrivateUse1). A tensor's data lie in host memory, as the PTX emulator's memory does;
 operations of torch run there by torch's own CPU kernels, those of `torch.ops.pop` by libpop_cuda.so. What it is for is
 what it refuses and counts, with the file and line in pop_ext:
 
@@ -17,14 +17,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import traceback
 from collections import Counter
 from dataclasses import dataclass
 
+import ptx_emulator
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from pop_ext import ops
 
 NAME = "gpudouble"
 GARBAGE = -77
@@ -199,16 +203,20 @@ class _Keep(TorchDispatchMode):
         return out
 
 
-def _launch(operation, args, kwargs):
-    import ptx_emulator as emulator
+@functools.cache
+def _kernels():
+    ops.make_way_for_cuda()
+    return ptx_emulator.torch_ops(ops.CUDA_LIBRARY, "pop")
 
-    launch = getattr(emulator.ops, operation._schema.name.partition("::")[2])
+
+def _launch(operation, args, kwargs):
+    launch = getattr(_kernels(), operation._schema.name.partition("::")[2])
     with _Keep(_Graph.capturing.kept) if _Graph.capturing else contextlib.nullcontext():
         return launch(*args, **kwargs)
 
 
 class _Graph:
-    """torch.cuda.CUDAGraph's interface, on the software device's graphs."""
+    """torch.cuda.CUDAGraph's interface, on the PTX emulator's graphs."""
 
     capturing: _Graph | None = None
     stream = None
@@ -218,9 +226,7 @@ class _Graph:
 
     @staticmethod
     def _runtime():
-        import ptx_emulator as emulator
-
-        return emulator._library(), emulator._cuda_operations()
+        return ptx_emulator.runtime(), ctypes.CDLL(str(ops.CUDA_LIBRARY))
 
     def _capture(self):
         library, kernels = self._runtime()
@@ -287,7 +293,7 @@ class _Module:
         return self.capability
 
     def get_device_name(self, device=None):
-        return "software device"
+        return "PTX emulator"
 
     def synchronize(self, device=None):
         log.add("wait", "synchronize")
