@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 from helpers import COMMON, TINY, Tiny, cuda_operations, normwise, real_model
-from test_cuda_model import NEAR_TIE, SIZES, bound
+from test_cuda_model import NEAR_TIE, SIZES
 from test_decode_ops import distribution
 from test_real_models import text_ids
 
@@ -23,6 +23,13 @@ from pop_ext.runtime import device as devices
 DEVICE = os.environ.get("POP_TEST_DEVICE", "gpudouble")
 on_the_double = pytest.mark.skipif(DEVICE != "gpudouble", reason="counts and refusals are the double's")
 CACHE = 2048  # tokens
+
+
+def bound(layers: int) -> float:
+    """How far bfloat16 may take the logits, normwise: about eight roundings a layer, and two for norm and logits, each
+    of 2^-8 at most; errors of either sign add up as the root of their number.
+    """
+    return 2**-8 * (8 * layers + 2) ** 0.5
 
 
 @pytest.fixture(scope="module", autouse=True)
