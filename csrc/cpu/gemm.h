@@ -135,7 +135,7 @@ void copy_row(const T* x, int64_t k, Factor<T>* to) {
 /// tokens long stretches of memory, two for each thread.
 inline int block_columns(int64_t tokens, int64_t columns, int64_t k, int threads) {
   if (tokens > kFewTokens) {
-    constexpr int64_t kPanelFloats = 48 * 1024, kMost = 64;
+    constexpr int64_t kPanelFloats = 48 * 1024, kMost = 32;
     return static_cast<int>(std::clamp<int64_t>(kPanelFloats / k / kTileColumns * kTileColumns, kTileColumns,
                                                 std::max<int64_t>(kMost, kTileColumns)));
   }
