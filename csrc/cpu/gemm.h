@@ -242,6 +242,8 @@ void gemm(const Threads& threads, int64_t tokens, int64_t k, const T* x, int64_t
   const Blocks<std::remove_reference_t<Columns>, std::remove_reference_t<Row>> blocks{block_count, max_columns, columns,
                                                                                       row};
   if (tokens <= kFewTokens) return gemm_few_tokens<T>(threads, tokens, k, x, x_stride, blocks, epilogue);
+  // Two threads of a core would wait for one tile unit, each with a panel in the cache they share. (Attention keeps all
+  // threads: half of its time goes into exponentials.)
   const Threads workers = kTiles<T> ? one_thread_per_core(threads) : threads;
   if (!needs_copy<T>(tokens, k)) {
     if constexpr (!kConverted<T>) gemm_many_tokens<T>(workers, 0, tokens, k, x, x_stride, blocks, epilogue);
