@@ -105,12 +105,14 @@ POP_INLINE void dot_step(const Factor<T>* x, int64_t x_stride, const T* w, N ava
   }
 }
 
-/// c[r] = x[r] . w. One row of the weight at a time: memory is read fastest as a single stream.
-template <typename T, int Rows>
-void dots(const Factor<T>* x, int64_t x_stride, const T* w, int64_t k, float* c, int64_t c_stride) {
-  // Chains of dependent sums: enough to hide their latency, few enough for the registers.
-  constexpr int kSums = kConverted<T> ? 2 : 1, kChains = kLanes == 16 || Rows < 2 ? 4 * kSums : Rows < 3 ? 4 : 2;
-  constexpr int kStep = kDotStep<T>, kUnroll = kChains / kSums;
+/// sums[r * kLanes], over its lanes, is x[r] . w. One row of the weight at a time: memory is read fastest as a single
+/// stream. Chains of dependent sums are enough to hide their latency, few enough for the registers; one for a Short k,
+/// shorter than a step of them all.
+template <typename T, int Rows, bool Short>
+void dots(const Factor<T>* x, int64_t x_stride, const T* w, int64_t k, Vec* sums) {
+  constexpr int kSums = kConverted<T> ? 2 : 1;  // of a step
+  constexpr int kUnroll = Short ? 1 : kLanes == 16 || Rows == 1 ? 4 : std::max(1, (Rows == 2 ? 4 : 2) / kSums);
+  constexpr int kChains = kUnroll * kSums, kStep = kDotStep<T>;
   Vec total[Rows] = {};
   for (int64_t i = 0; i < k;) {
     Vec acc[Rows][kChains] = {};
@@ -130,7 +132,23 @@ void dots(const Factor<T>* x, int64_t x_stride, const T* w, int64_t k, float* c,
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) c[r * c_stride] = reduce_add(total[r]);
+  for (int r = 0; r < Rows; ++r) sums[r * kLanes] = total[r];
+}
+
+template <typename T>
+inline constexpr int64_t kShort = 2 * kDotStep<T>;  // up to here one chain of sums is enough
+
+/// Columns [0, columns), at most kLanes, of c, whose lanes' sums are made together.
+template <typename T, int Rows, bool Short>
+void dot_columns(const Factor<T>* x, int64_t x_stride, const T* const* weights, int columns, int64_t k, float* c,
+                 int64_t c_stride) {
+  Vec sums[Rows][kLanes];
+  for (int j = 0; j < columns; ++j) dots<T, Rows, Short>(x, x_stride, weights[j], k, &sums[0][j]);
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    for (int j = columns; j < kLanes; ++j) sums[r][j] = Vec{};
+    store(c + r * c_stride, sum_rows(sums[r]), columns);
+  }
 }
 
 #if defined(__AMX_BF16__) || defined(POP_EMULATED_TILES)
@@ -254,11 +272,16 @@ void multiply_tile(int rows, int columns, const Factor<T>* a, int64_t a_stride, 
 template <typename T>
 void multiply_dots(int64_t rows, int columns, const Factor<T>* x, int64_t x_stride, const T* const* weights, int64_t k,
                    float* c, int64_t c_stride) {
-  static constexpr decltype(&dots<T, 1>) kDots[kDotRows] = {dots<T, 1>, dots<T, 2>, dots<T, 3>, dots<T, 4>};
-  for (int j = 0; j < columns; ++j) {
+  using Columns = decltype(&dot_columns<T, 1, false>);
+  static constexpr Columns kLong[kDotRows] = {dot_columns<T, 1, false>, dot_columns<T, 2, false>,
+                                              dot_columns<T, 3, false>, dot_columns<T, 4, false>};
+  static constexpr Columns kShorter[kDotRows] = {dot_columns<T, 1, true>, dot_columns<T, 2, true>,
+                                                 dot_columns<T, 3, true>, dot_columns<T, 4, true>};
+  const Columns* table = k <= kShort<T> ? kShorter : kLong;
+  for (int j = 0; j < columns; j += kLanes) {
     for (int64_t r = 0; r < rows; r += kDotRows)
-      kDots[std::min<int64_t>(kDotRows, rows - r) - 1](x + r * x_stride, x_stride, weights[j], k, c + r * c_stride + j,
-                                                       c_stride);
+      table[std::min<int64_t>(kDotRows, rows - r) - 1](
+          x + r * x_stride, x_stride, weights + j, std::min(kLanes, columns - j), k, c + r * c_stride + j, c_stride);
   }
 }
 

@@ -135,7 +135,7 @@ void copy_row(const T* x, int64_t k, Factor<T>* to) {
 /// tokens long stretches of memory, two for each thread.
 inline int block_columns(int64_t tokens, int64_t columns, int64_t k, int threads) {
   if (tokens > kFewTokens) {
-    constexpr int64_t kPanelFloats = 48 * 1024, kMost = 64;
+    constexpr int64_t kPanelFloats = 48 * 1024, kMost = 32;
     return static_cast<int>(std::clamp<int64_t>(kPanelFloats / k / kTileColumns * kTileColumns, kTileColumns,
                                                 std::max<int64_t>(kMost, kTileColumns)));
   }
@@ -242,6 +242,8 @@ void gemm(const Threads& threads, int64_t tokens, int64_t k, const T* x, int64_t
   const Blocks<std::remove_reference_t<Columns>, std::remove_reference_t<Row>> blocks{block_count, max_columns, columns,
                                                                                       row};
   if (tokens <= kFewTokens) return gemm_few_tokens<T>(threads, tokens, k, x, x_stride, blocks, epilogue);
+  // Two threads of a core would wait for one tile unit, each with a panel in the cache they share. (Attention keeps all
+  // threads: half of its time goes into exponentials.)
   const Threads workers = kTiles<T> ? one_thread_per_core(threads) : threads;
   if (!needs_copy<T>(tokens, k)) {
     if constexpr (!kConverted<T>) gemm_many_tokens<T>(workers, 0, tokens, k, x, x_stride, blocks, epilogue);

@@ -158,6 +158,25 @@ POP_INLINE void transpose(Vec (&rows)[kLanes]) {
   if constexpr (Step > 1) transpose<Step / 2>(rows);
 }
 
+/// Lane i is the sum over row i's lanes: the rounds of a transposition, adding what each exchanges. `rows` is
+/// overwritten.
+template <int Step = kLanes / 2>
+POP_INLINE Vec sum_rows(Vec (&rows)[kLanes]) {
+  Int low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = (i & Step) ? kLanes + (i ^ Step) : i;
+    high[i] = (i & Step) ? kLanes + i : (i ^ Step);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Step; ++i)
+    rows[i] = __builtin_shuffle(rows[i], rows[i + Step], low) + __builtin_shuffle(rows[i], rows[i + Step], high);
+  if constexpr (Step == 1) {
+    return rows[0];
+  } else {
+    return sum_rows<Step / 2>(rows);
+  }
+}
+
 /// exp(x) to about 2 ulp (and exactly 0 below the normal numbers): 2^n p(f) with n + f = x log2(e), |f| <= 1/2,
 /// p the degree-6 polynomial that minimises the relative error of 2^f there.
 POP_INLINE Vec exp2(Vec t) {
