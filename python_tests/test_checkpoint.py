@@ -628,17 +628,12 @@ def test_gguf_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(FileExistsError, match="full: exists already"):
         convert_gguf(broken, tmp_path / "full")
+
     # an interruption half way
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda **_: transformers.LlamaConfig())
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: None)
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    class Model:
-        def save_pretrained(self, folder):
-            folder.mkdir()
-            (folder / "config.json").write_text("{")
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda **_: Model())
+    monkeypatch.setattr("pop_ext.checkpoints.gguf.read_parts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert_gguf(broken, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.gguf", "full"]
