@@ -562,7 +562,7 @@ def test_bad_video_files(tmp_path, monkeypatch):
     frames[0].save(tmp_path / "clip.png", save_all=True, append_images=frames[1:], duration=200)
     (tmp_path / "cut.png").write_bytes((tmp_path / "clip.png").read_bytes()[:-600])
     for name, fps, error, message in [
-        ("empty", 1, ValueError, "empty has 0 files, expected 1 to"),
+        ("empty", 1, ValueError, "empty has 0 images, expected 1 to"),
         ("folder", None, ValueError, "does not say how fast its frames follow"),
         ("folder", 1, ValueError, "frame 1: .*1.png: not an image"),
         ("text.gif", None, ValueError, "text.gif: not an image"),
