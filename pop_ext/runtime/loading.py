@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.files import resolve_folder
+from . import finite
 from .generation import Model
 
 
@@ -18,6 +19,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     max_cache_tokens: int | None = None,
     calibration: str | Path | None = None,
+    check_weights: bool = False,
 ) -> Model:
     """Loads a checkpoint folder, or a Hugging Face hub id, for POP.
 
@@ -28,7 +30,11 @@ def load(
     dtype: torch.bfloat16 or torch.float32. max_cache_tokens: capacity of the key/value cache over all conversations, by
     default the model's context or 32,768, whichever is less.
     calibration: a file of `pop calibrate`, made for this model and every depth below L - 1 that is asked for.
+    check_weights: read all weights now, and raise if NaN or infinity is among them.
     """
-    return Model(
+    model = Model(
         resolve_folder(path), prefill_depth, boundary_tokens, anchor_tokens, dtype, max_cache_tokens, calibration
     )
+    if check_weights:
+        finite.check_weights(model.weights)
+    return model

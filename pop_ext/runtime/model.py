@@ -26,6 +26,7 @@ from ..checkpoints.weights import load_weights
 from ..vision.encoder import Vision
 from ..vision.spans import ImageSpan
 from .checks import check_count, check_image_spans, check_token_lists
+from .finite import NonFiniteError, check_logits, explained
 from .forward_batch import ForwardBatch, SequenceChunk, forward_passes
 from .kv_cache import KVCache, Sequence
 from .rope import RotaryEmbedding
@@ -229,6 +230,9 @@ class PrefillModel:
                     ]  # back to the prompt; what follows in the cache is overwritten
                     sequence.num_cached = len(prompt)
                 results.append(torch.cat(rows))
+                check_logits(results[-1])
+        except NonFiniteError as error:
+            raise explained(error, self, prompts) from None
         finally:
             if sequence is not None:
                 self.free(sequence)

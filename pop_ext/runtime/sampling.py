@@ -14,6 +14,7 @@ import transformers
 from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 from .checks import check_integer, type_name
+from .finite import check_chosen, check_logits
 
 # Settings of a GenerationConfig that ask for something else than one sequence per prompt, decoded greedily or by
 # sampling from POP's own cache. Each with the values that ask for nothing; any other value raises.
@@ -153,9 +154,11 @@ class TransformersRules(transformers.GenerationMixin):
     def choose(self, rows: list[Row], logits: torch.Tensor, return_logprobs: bool) -> list[int]:
         """The next token of every row from logits [rows, vocabulary] float32; appends it to the rows."""
         if self.do_sample or rows[0].processors:
+            check_logits(logits)
             tokens = [self._choose_one(row, logits[i : i + 1].clone()) for i, row in enumerate(rows)]
         else:
             tokens = _argmax(logits)
+            check_chosen(logits, tokens)
         if return_logprobs:
             chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
             for row, logprob in zip(rows, (chosen - logits.logsumexp(-1)).tolist(), strict=True):
