@@ -29,7 +29,7 @@ def spoilt(tiny_llama, tmp_path, name: str, value: float):
 @pytest.mark.parametrize("name", BAD)
 def test_weights(tiny_llama, tmp_path, name, value):
     folder = spoilt(tiny_llama, tmp_path, name, value)
-    with pytest.raises(NonFiniteError, match=f"^the weights have NaN or infinity in {BAD[name]}$"):
+    with pytest.raises(NonFiniteError, match=rf"^the weights have NaN or infinity in {BAD[name]}$"):
         pop_ext.load(folder, check_weights=True)
     model = pop_ext.load(folder, prefill_depth=5, dtype=torch.float32)
     message = f"the logits are not finite: the weights have NaN or infinity in {BAD[name]}"
@@ -41,7 +41,7 @@ def test_weights(tiny_llama, tmp_path, name, value):
         model.logits([[1, 2, 3]], [[4, 5]])
     if name != "model.norm.weight":  # which no projection sees
         windows = torch.randint(200, (4, 12)).tolist()
-        with pytest.raises(NonFiniteError, match=f"hidden states are not finite: .*{BAD[name]}"):
+        with pytest.raises(NonFiniteError, match=rf"hidden states are not finite: .*{BAD[name]}"):
             calibrate(model, windows, [2])
     assert free is None or len(model.cache.free_blocks) == free
 
@@ -53,7 +53,7 @@ def test_overflow(tiny_llama, tmp_path):
     tensors["model.layers.3.mlp.up_proj.weight"].fill_(3e38)
     save_file(tensors, folder / "model.safetensors")
     model = pop_ext.load(folder, dtype=torch.float32, check_weights=True)
-    with pytest.raises(NonFiniteError, match="the weights are finite, but what layer 3 makes of them is not"):
+    with pytest.raises(NonFiniteError, match=r"the weights are finite, but what layer 3 makes of them is not"):
         model.generate([1, 2, 3], max_new_tokens=3)
 
 

@@ -38,7 +38,10 @@ SOURCES = {
             "full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
     ),
     # 62 layers are the 27B, whose attention is scaled by hidden size / heads
-    "gemma3_27b": (transformers.Gemma3TextConfig, dict(sliding_window=5, query_pre_attn_scalar=32, num_hidden_layers=62)),
+    "gemma3_27b": (
+        transformers.Gemma3TextConfig,
+        dict(sliding_window=5, query_pre_attn_scalar=32, num_hidden_layers=62),
+    ),
 }  # fmt: skip
 
 
@@ -182,11 +185,11 @@ def test_parts(parts, tmp_path):
     with pytest.raises(CheckpointError, match=rf"model-0000{parts}-of-0000{parts}.gguf: no such file, expected beside"):
         convert_gguf(files[0], tmp_path / "out3")
     files[-1].write_bytes(files[0].read_bytes())
-    with pytest.raises(CheckpointError, match="is part 1 of . by its own account, expected part"):
+    with pytest.raises(CheckpointError, match=r"is part 1 of . by its own account, expected part"):
         convert_gguf(files[0], tmp_path / "out3")
     lone = tmp_path / "other.gguf"
     lone.write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"is part {parts} of {parts} by its own account"):
+    with pytest.raises(CheckpointError, match=rf"is part {parts} of {parts} by its own account"):
         convert_gguf(lone, tmp_path / "out3")
     assert not (tmp_path / "out3").exists()
 
@@ -203,12 +206,12 @@ def test_shards(tmp_path, monkeypatch):
     ("name", "change", "message"),
     [
         ("llama", lambda f, t: t.pop("blk.1.ffn_up.weight"), "lacks 'blk.1.ffn_up.weight'"),
-        ("llama", lambda f, t: t.update({"blk.3.ffn_up.weight": t["blk.1.ffn_up.weight"]}), "has 'blk.3.ffn_up.weight'"),
+        ("llama", lambda f, t: t.update({"blk.3.ffn_up.weight": t["blk.1.ffn_up.weight"]}), "has 'blk.3.ffn_up"),
         ("qwen3", lambda f, t: t.update({"blk.1.attn_q.bias": np.ones(192, np.float32)}), "has 'blk.1.attn_q.bias'"),
-        ("llama", lambda f, t: t.update({"output_norm.weight": np.ones(95, np.float32)}), r"is \[95\], expected \[96\]"),
+        ("llama", lambda f, t: t.update({"output_norm.weight": np.ones(95, np.float32)}), r"is \[95\], expected"),
         ("llama", lambda f, t: f.update({"llama.expert_count": 8}), "llama.expert_count is 8; only models without it"),
         ("llama", lambda f, t: f.update({"llama.future.key": 8}), "llama.future.key is 8; only models without it"),
-        ("llama", lambda f, t: f.update({"llama.rope.dimension_count": 32}), "dimension_count is 32, expected the head"),
+        ("llama", lambda f, t: f.update({"llama.rope.dimension_count": 32}), "count is 32, expected the head"),
         ("llama", lambda f, t: f.update({"llama.rope.scaling.type": "longrope"}), "scaling.type is 'longrope'"),
         ("llama", lambda f, t: f.update({"llama.rope.scaling.factor": 2.0}), "scaling.type is 'none' with the factor"),
         ("qwen2", lambda f, t: f.update({"qwen2.rope.scaling.yarn_attn_factor": 1.2}), "yarn_attn_factor is 1.2"),
@@ -269,8 +272,12 @@ def test_cut_short(tmp_path):
         with pytest.raises(CheckpointError, match=r"m\.gguf: cut short"):
             convert_gguf(file, tmp_path / "out")
     huge = data[:8] + (2**60).to_bytes(8, "little") * 2 + data[24:]
-    for spoilt, message in ((huge, "cut short|unknown type|not"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-                            (b"GGUF" + (1).to_bytes(4, "little") + data[8:], "GGUF version 1, expected 2 or 3"), (b"", "not a GGUF")):  # fmt: skip
+    for spoilt, message in (
+        (huge, "cut short|unknown type"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"GGUF" + (1).to_bytes(4, "little") + data[8:], "GGUF version 1, expected 2 or 3"),
+        (b"", "not a GGUF"),
+    ):
         file.write_bytes(spoilt)
         with pytest.raises(CheckpointError, match=message):
             convert_gguf(file, tmp_path / "out")

@@ -34,8 +34,8 @@ def test_sixteen_bits(tmp_path, suffix):
         assert (found == wanted[:, :, None]).all()
     wide = Image.fromarray(grey.astype(np.int32))  # mode I, as older PIL opens such files
     assert (pixels(open_image(wide, "image")) == wanted[:, :, None]).all()
-    wide = Image.fromarray((grey.astype(np.int32) - 5))
-    with pytest.raises(ValueError, match="image: cannot be read: mode I, values -5 to 65530, expected 0 to 65535"):
+    wide = Image.fromarray(grey.astype(np.int32) - 5)
+    with pytest.raises(ValueError, match=r"image: cannot be read: mode I, values -5 to 65530, expected 0 to 65535"):
         open_image(wide, "image")
 
 
@@ -87,9 +87,9 @@ def test_arrays():
     for array in (values[:, :, 0], values[:, :, :1], torch.from_numpy(values[:, :, 0])):
         assert (pixels(open_image(array, "image")) == values[:, :, :1]).all()
     for array in (values / 255, values[None], values.transpose(2, 0, 1), values.astype(int), np.uint8(3)):
-        with pytest.raises(ValueError, match="image is an array .*, expected"):
+        with pytest.raises(ValueError, match=r"image is an array .*, expected"):
             open_image(array, "image")
-    with pytest.raises(ValueError, match="image: 0 x 5 pixels"):
+    with pytest.raises(ValueError, match=r"image: 0 x 5 pixels"):
         open_image(np.zeros((5, 0), np.uint8), "image")
 
 
@@ -104,5 +104,5 @@ def test_frames_in_natural_order(tmp_path, caplog):
     (record,) = caplog.records
     assert record.getMessage().endswith("'Thumbs.db', 'notes.txt' left out, no image by its name")
     (tmp_path / "frame3.PNG").write_text("no image in spite of its name")
-    with pytest.raises(ValueError, match="frame 2: .*frame3.PNG: not an image"):
+    with pytest.raises(ValueError, match=r"frame 2: .*frame3.PNG: not an image"):
         read_video(tmp_path, 2.0)

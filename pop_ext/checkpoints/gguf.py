@@ -15,7 +15,7 @@ import torch
 
 from .config import load_config
 from .families import MODEL_FAMILIES, ModelSpec
-from .files import INDEX, SINGLE_FILE, CheckpointError, one_line, some_of
+from .files import INDEX, SINGLE_FILE, CheckpointError, check_no_pointer, one_line, some_of
 from .gguf_config import read_config
 from .weights import tensor_names
 
@@ -118,8 +118,7 @@ def check_whole(path: Path) -> None:
 
     with path.open("rb") as file:
         start, size = file.read(64), path.stat().st_size
-        if start.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+        check_no_pointer(path, start)
         if start[:4] != b"GGUF":
             raise CheckpointError(f"{path}: not a GGUF file")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

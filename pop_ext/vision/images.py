@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from ..checkpoints.files import one_line, some_of
 
@@ -20,27 +23,26 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that star
 
 
 def open_image(image, name: str) -> Image.Image:
-    """An RGB image from a file's path, a PIL image, or an array or tensor [height, width] or [height, width, channels]
-    of uint8 or uint16; ValueError if it is no image, or a gigantic one.
+    """An RGB image from a file's path, a file: or data: address, a file's bytes, a PIL image, or an array or tensor
+    [height, width] or [height, width, channels] of uint8 or uint16; ValueError if it is no image, or a gigantic one.
 
     The same pixels give the same image, however they come: upright by their EXIF orientation, 16 bits a channel reduced
     to 8, and what is transparent laid on white.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     where = name
+    if isinstance(image, str) and (scheme := re.match(r"(data|file|https?):", image)):
+        image, where = _of_address(image, scheme[1], name), f"{name}: {image:.60}"
     if isinstance(image, str | Path):
         where = f"{name}: {image}"
         if not Path(image).is_file():
             raise FileNotFoundError(f"{where}: no such file")
-        try:
-            picture = Image.open(image, formats=FORMATS)
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{where}: {one_line(error)}") from error
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{where}: not an image of a known format ({', '.join(FORMATS)})") from error
+        picture = _opened(image, where)
     elif isinstance(image, Image.Image):
         picture = image
+    elif isinstance(image, bytes):
+        return open_image(_opened(io.BytesIO(image), where), where)
     elif hasattr(image, "__array__"):
         picture = _image_of_array(image, name)
     else:
@@ -52,6 +54,32 @@ def open_image(image, name: str) -> Image.Image:
         return _plain(picture)
     except Exception as error:  # a decoder's complaint about a damaged file is of any kind
         raise ValueError(f"{where}: cannot be read: {one_line(error)}") from error
+
+
+def _opened(file, where: str) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{where}: {one_line(error)}") from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{where}: not an image of a known format ({', '.join(FORMATS)})") from error
+
+
+def _of_address(address: str, scheme: str, name: str) -> str | bytes:
+    """The path of a file: address, the bytes of a data: one. Nothing is fetched."""
+    if scheme == "file":
+        return unquote(urlsplit(address).path)
+    if scheme != "data":
+        raise ValueError(f"{name}: {address:.60} is a web address: download it, and pass the file's path")
+    head, comma, data = address.partition(",")
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise ValueError("expected data:image/...;base64,...")
+        return base64.b64decode(unquote(data), validate=True)
+    except ValueError as error:
+        raise ValueError(f"{name}: {address:.60}: {one_line(error)}") from error
 
 
 def _plain(picture: Image.Image) -> Image.Image:
