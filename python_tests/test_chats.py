@@ -73,6 +73,12 @@ def test_refused(model, template, chat, message):
         model.generate([{"role": "user", "content": chat}], max_new_tokens=1)
 
 
+def test_half_of_a_surrogate_pair(model):
+    for prompt in ("a\ud800b", [{"role": "user", "content": "\udfff"}]):
+        with pytest.raises(ValueError, match=r"prompts\[0\] has '\\ud.*' at \d+: half of a surrogate pair"):
+            model.generate(prompt, max_new_tokens=1)
+
+
 def test_messages_without_anything(model):
     for message in ({"role": "user"}, {"content": "x"}):
         with pytest.raises(TypeError, match="must be a message with 'role' and 'content'"):

@@ -159,6 +159,29 @@ def test_rope_notes(folder):
             load_config(folder)
 
 
+def test_no_sampling_in_the_file(folder, expected):
+    """Lists without an entry, and a temperature of 0, which means greedy decoding."""
+    for values in ({"eos_token_id": [], "suppress_tokens": []}, {"do_sample": True, "temperature": 0.0, "top_p": 0.9}):
+        (folder / "generation_config.json").write_text(json.dumps(values))
+        assert tokens(folder) == expected
+
+
+def test_a_decoder_alone(folder, expected):
+    """As the model without its head is saved: names without the prefix."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({key.removeprefix("model."): value for key, value in tensors.items()}, folder / "model.safetensors")
+    assert tokens(folder) == expected
+    save_file({f"_orig_mod.{key}": value for key, value in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks 'model\.embed_tokens\.weight'"):
+        pop_ext.load(folder)
+
+
+def test_another_name(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"expected under that name, not 'pytorch_model\.safetensors'"):
+        pop_ext.load(folder)
+
+
 def test_what_is_missing_is_named(folder, sharded):
     (sharded / "model.safetensors.index.json").unlink()
     (sharded / "model.safetensors").unlink(missing_ok=True)

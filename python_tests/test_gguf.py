@@ -257,6 +257,39 @@ def test_gemma_keys(tmp_path):
     assert_same(model, convert_gguf(write(model, tmp_path / "m.gguf", lambda f, t: f.update(fields)), tmp_path / "out"))
 
 
+def test_fewer_tokens_than_rows(tmp_path, monkeypatch):
+    """Embeddings are often padded: their rows are the vocabulary, not the tokenizer's tokens."""
+    add = gguf.GGUFWriter.add_token_list
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", lambda self, tokens: add(self, tokens[:280]))
+    model = source("qwen2")
+    assert_same(model, convert_gguf(write(model, tmp_path / "m.gguf"), tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16", "BF16"])
+def test_quantised(kind, tmp_path):
+    """What the file holds, dequantised by the format's own package, is what is written."""
+    model, kept = source("qwen3"), {}
+    quantised = getattr(gguf.GGMLQuantizationType, kind)
+    add = gguf.GGUFWriter.add_tensor
+
+    def add_quantised(self, name, tensor):
+        if name.endswith("ffn_gate.weight"):
+            data = gguf.quantize(tensor, quantised)
+            kept[name] = gguf.dequantize(data, quantised)
+            return add(self, name, data, raw_dtype=quantised)
+        return add(self, name, tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "add_tensor", add_quantised)
+        file = write(model, tmp_path / "m.gguf")
+    folder = convert_gguf(file, tmp_path / "out")
+    found = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert len(kept) == 3
+    for layer in range(3):
+        wanted = torch.tensor(kept[f"blk.{layer}.ffn_gate.weight"]).bfloat16()
+        assert torch.equal(found[f"model.layers.{layer}.mlp.gate_proj.weight"].bfloat16(), wanted)
+
+
 def test_ends_of_a_turn(tmp_path):
     file = write(source("llama"), tmp_path / "m.gguf", lambda f, t: f.update({"tokenizer.ggml.eot_token_id": 5}))
     folder = convert_gguf(file, tmp_path / "out")

@@ -62,6 +62,21 @@ def test_alpha_lies_on_white(tmp_path, mode):
         assert np.abs(pixels(open_image(array, "image")) - wanted).max() <= 1
 
 
+@pytest.mark.parametrize(("mode", "clear"), [("L", 7), ("RGB", (1, 2, 3)), ("I;16", 700)])
+def test_one_transparent_colour(tmp_path, mode, clear):
+    """A PNG's tRNS chunk: a colour that is not there."""
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((4, 5), 700, np.uint16))
+        picture.putpixel((1, 2), 30_000)
+    else:
+        picture = Image.new(mode, (5, 4), clear)
+        picture.putpixel((1, 2), 90 if mode == "L" else (90, 80, 70))
+    found = all_ways(picture, tmp_path / "a.png", transparency=clear)
+    wanted = np.full((4, 5, 3), 255)
+    wanted[2, 1] = {"L": 90, "RGB": (90, 80, 70), "I;16": round(30_000 / 257)}[mode]
+    assert (found == wanted).all()
+
+
 def test_orientation(tmp_path):
     picture = Image.fromarray(RANDOM.integers(0, 256, (20, 30, 3), dtype=np.uint8))
     exif = Image.Exif()

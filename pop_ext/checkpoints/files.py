@@ -70,6 +70,8 @@ def regular_file(folder: Path, name: str) -> Path:
         shards = sorted(file.name for file in folder.glob("*-of-*.safetensors"))
         if shards:
             problem += f"; there are shards ({some_of(shards)}), but not {INDEX}, which says what they hold"
+        elif named := sorted(file.name for file in folder.glob("*.safetensors")):
+            problem += f"; the weights are expected under that name, not {some_of(named)}"
         others = sorted(file.name for file in folder.iterdir() if file.suffix in (*PICKLES, ".gguf"))
         if any(name.endswith(PICKLES) for name in others):
             problem += f"; pickled files ({some_of(others)}) are never read: save the model as safetensors"

@@ -61,6 +61,9 @@ class CheckpointTensors:
                         f"{path}: {truncated_repr(stored)} is {truncated_repr(self.stored[name])} under another name"
                     )
                 self.files[name] = (path, file)
+        if vision_type is None and "embed_tokens.weight" in self.files:  # the decoder alone, saved without its head
+            for name in [name for name in self.files if name.startswith(("embed_tokens.", "layers.", "norm."))]:
+                self.files[f"model.{name}"], self.stored[f"model.{name}"] = self.files.pop(name), self.stored.pop(name)
 
     def check(self, tables: list[dict[str, TensorEntry]], others: tuple[str, ...] = ()) -> None:
         """Every name is there in its shape and a floating dtype, and nothing else is but what `others` begin."""

@@ -80,6 +80,11 @@ def load_generation_config(folder: Path, config) -> GenerationConfig:
                     check_number(key, values[key], bounds, integer=keys is COUNTS)
         if not isinstance(values.get("do_sample", False), bool | None):
             raise ValueError(f"do_sample is {truncated_repr(values['do_sample'])}, expected true or false")
+        for key in TOKEN_IDS:
+            if values.get(key) == []:
+                del values[key]
+        if values.get("do_sample") and values.get("temperature") == 0:  # what is meant by it is greedy decoding
+            values = {key: value for key, value in values.items() if key not in NUMBERS} | {"do_sample": False}
         for key in HARMLESS:
             if values.pop(key, None) is not None:
                 logger.debug("%s: %s is not used", path, key)

@@ -39,6 +39,8 @@ def encode_prompt(model, prompt, name: str, history: list[int], images=(), video
                     "".join(model.vision.written(kind, model.tokenizer) for kind in kinds for _ in media[kind]) + text
                 )
             text = model.vision.expand(text, media, name, model.tokenizer)
+        if (wrong := re.search("[\ud800-\udfff]", text)) is not None:
+            raise ValueError(f"{name} has {wrong[0]!a} at {wrong.start()}: half of a surrogate pair, which is no text")
         token_ids = model.tokenizer(text, add_special_tokens=is_text and not history).input_ids
         # A finished answer ends with the token that a chat template puts after it: once is enough.
         if is_chat and history and history[-1:] == token_ids[:1]:
