@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import transformers_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
@@ -106,6 +107,11 @@ def test_settings_of_other_programs(folder, expected):
               "eos_token_id": [-1], "prefill_chunk_size": 4}  # fmt: skip
     (folder / "generation_config.json").write_text(json.dumps(values))
     assert tokens(folder) == expected
+    ours = {"use_cache": False, "cache_implementation": "hybrid", "early_stopping": True, "prefill_chunk_size": 4}
+    assert tokens(folder, **ours) == expected  # nor do they change a token where a caller passes them
+    assert tokens(folder, generation_config=transformers.GenerationConfig(**ours)) == expected
+    with pytest.raises(ValueError, match=r"return_dict_in_generate=True is not supported"):
+        tokens(folder, return_dict_in_generate=True)
     (folder / "generation_config.json").write_text(json.dumps({"num_beams": 4}))
     with pytest.raises(ValueError, match=r"num_beams=4 is not supported"):
         tokens(folder)

@@ -18,13 +18,12 @@ from .finite import check_chosen, check_logits
 
 # Settings of a GenerationConfig that ask for something else than one sequence per prompt, decoded greedily or by
 # sampling from POP's own cache. Each with the values that ask for nothing; any other value raises.
+# How the cache is kept and the model compiled is not among them: it would change no token, and here it is ours.
 UNSUPPORTED_SETTINGS = {
     # beams and constraints
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
     "diversity_penalty": (None, 0),
-    "length_penalty": (None, 1),
-    "early_stopping": (None, False),
     "constraints": (None,),
     "force_words_ids": (None,),
     "num_return_sequences": (None, 1),
@@ -38,14 +37,6 @@ UNSUPPORTED_SETTINGS = {
     "is_assistant": (None, False),
     "speculation_type": (None,),
     "use_mtp": (None, False),
-    # the cache and the forward pass are ours
-    "use_cache": (None, True),
-    "cache_implementation": (None,),
-    "cache_config": (None,),
-    "max_cache_len": (None,),
-    "prefill_chunk_size": (None,),
-    "compile_config": (None,),
-    "low_memory": (None, False),
     # outputs that GenerationOutput does not have
     "return_dict_in_generate": (None, False),
     "output_scores": (None, False),
