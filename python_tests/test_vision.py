@@ -770,7 +770,7 @@ def test_shape_of_images(pair):
         model.generate(["the", "an"], images=[image, image], max_new_tokens=2)
     with pytest.raises(TypeError, match="images must be a list"):
         model.generate("the", images=image, max_new_tokens=2)
-    with pytest.raises(TypeError, match="expected an image file's path or a PIL image"):
+    with pytest.raises(TypeError, match="expected an image file's path, a PIL image or an array"):
         model.generate("the", images=[3], max_new_tokens=2)
 
 
