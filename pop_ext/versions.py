@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from packaging.version import Version
 
-TRANSFORMERS = "5.23", "6"  # from the first to before the second, as pyproject.toml has it
+TRANSFORMERS = "5.19", "6"  # from the first to before the second, as pyproject.toml has it
 
 
 def check_transformers(installed: str | None = None) -> None:

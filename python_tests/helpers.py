@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -158,6 +160,36 @@ def normwise(a: torch.Tensor, b: torch.Tensor) -> float:
         return 0.0
     error = ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
     return error if error == error else float("inf")  # NaN is no agreement
+
+
+# Chats.
+
+CHAT_TEMPLATE = (
+    "{% if messages[0].role != 'system' %}<|start|>system\nBe kind.<|end|>\n{% endif %}"
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+START, END = 256, 257  # ids of the two special tokens
+
+
+def make_tokenizer():
+    """One token per byte, and two special ones: ids 0 .. 257."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_chat_folder(checkpoint, tmp_path_factory):
+    """A copy of the checkpoint with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(checkpoint, folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 # Real models: GGUF files of the model packages, converted once into build/models.

@@ -511,7 +511,7 @@ def test_shard_names(sharded, shard):
 
 
 def test_links(sharded, tmp_path):
-    """Out of the folder: refused, but for the hub's cache, which is made of such links."""
+    """Out of a download in the hub's cache: refused, but for that model's blobs, which it is made of."""
     name = min(file.name for file in sharded.glob("*.safetensors"))
     _, weights = load(sharded)
     hub = tmp_path / "models--a--b"
@@ -519,8 +519,12 @@ def test_links(sharded, tmp_path):
     (hub / "blobs").mkdir()
     (sharded / name).rename(hub / "blobs" / "0123")
     (sharded / name).symlink_to(hub / "blobs" / "0123")
+    assert_same(flat(load(sharded)[1]), flat(weights))
+    other = tmp_path / "models--c--d" / "snapshots" / "4567"
+    other.parent.mkdir(parents=True)
+    shutil.copytree(sharded, other, symlinks=True)
     with pytest.raises(CheckpointError, match=f"{name}: leads out of the folder"):
-        load(sharded)
+        load(other)
     snapshot = Path(shutil.copytree(sharded, hub / "snapshots" / "4567", symlinks=True))
     assert_same(flat(load(snapshot)[1]), flat(weights))
     (sharded / name).unlink()
@@ -628,17 +632,12 @@ def test_gguf_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(FileExistsError, match="full: exists already"):
         convert_gguf(broken, tmp_path / "full")
+
     # an interruption half way
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda **_: transformers.LlamaConfig())
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: None)
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    class Model:
-        def save_pretrained(self, folder):
-            folder.mkdir()
-            (folder / "config.json").write_text("{")
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda **_: Model())
+    monkeypatch.setattr("pop_ext.checkpoints.gguf.read_parts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert_gguf(broken, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.gguf", "full"]

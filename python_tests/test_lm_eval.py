@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_generation import make_chat_folder
+from helpers import make_chat_folder
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval)")
 
@@ -119,6 +120,44 @@ def test_long_contexts_lose_their_start(model):
 def test_rolling_is_refused(model):
     with pytest.raises(NotImplementedError, match="nothing for prefill-only pruning to prune"):
         model.loglikelihood_rolling(requests([("text",)]))
+
+
+def generate(model, context: str, **settings) -> str:
+    return model.generate_until([Instance("generate_until", {}, (context, settings), 0)], disable_tqdm=True)[0]
+
+
+def test_lengths_of_answers(model):
+    """Under any of the names that tasks use, in lm-eval's order."""
+    whole = generate(model, "Some text", until=[], max_gen_toks=8)
+    ids = model.tokenizer("Some text").input_ids
+    assert whole == model.model.generate([ids], max_new_tokens=8, do_sample=False).text[0]
+    for name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert generate(model, "Some text", until=[], **{name: 8}) == whole
+    assert generate(model, "Some text", until=[], max_gen_toks=8, max_new_tokens=2) == whole
+    assert generate(model, "Some text", until=["", None, ""], max_gen_toks=8) == whole
+    assert generate(model, "Some text", until="", max_gen_toks=8) == whole
+    assert generate(model, "Some text", until=None, max_gen_toks=8, do_sample=True, temperature=0) == whole
+
+
+def test_answers_as_long_as_the_context(model, monkeypatch):
+    monkeypatch.setattr(model, "max_length", 12)
+    for count in (12, 13, 10**6, 0):
+        with pytest.raises(ValueError, match=f"max_gen_toks is {count}, expected 1 to 11: the model's context is 12"):
+            generate(model, "Some text", until=[], max_gen_toks=count)
+    prompts = []
+    monkeypatch.setattr(
+        model.model, "generate", lambda prompt, **_: prompts.append(prompt[0]) or SimpleNamespace(text=[""])
+    )
+    for count in (11, 5):
+        generate(model, "A longer text than that", until=[], max_gen_toks=count)
+    assert [len(prompt) for prompt in prompts] == [1, 7]
+
+
+def test_other_models_stay_known():
+    code = "import pop_ext.integrations.lm_eval; from lm_eval.api.registry import get_model as get; "
+    code += "print(get('dummy'), get('pop'))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and "DummyLM" in run.stdout and "POP" in run.stdout, run.stderr[-2000:]
 
 
 def test_bad_arguments(folder, tiny_llama):

@@ -562,7 +562,7 @@ def test_bad_video_files(tmp_path, monkeypatch):
     frames[0].save(tmp_path / "clip.png", save_all=True, append_images=frames[1:], duration=200)
     (tmp_path / "cut.png").write_bytes((tmp_path / "clip.png").read_bytes()[:-600])
     for name, fps, error, message in [
-        ("empty", 1, ValueError, "empty has 0 files, expected 1 to"),
+        ("empty", 1, ValueError, "empty has 0 images, expected 1 to"),
         ("folder", None, ValueError, "does not say how fast its frames follow"),
         ("folder", 1, ValueError, "frame 1: .*1.png: not an image"),
         ("text.gif", None, ValueError, "text.gif: not an image"),
@@ -770,7 +770,7 @@ def test_shape_of_images(pair):
         model.generate(["the", "an"], images=[image, image], max_new_tokens=2)
     with pytest.raises(TypeError, match="images must be a list"):
         model.generate("the", images=image, max_new_tokens=2)
-    with pytest.raises(TypeError, match="expected an image file's path or a PIL image"):
+    with pytest.raises(TypeError, match="expected an image file's path, a PIL image or an array"):
         model.generate("the", images=[3], max_new_tokens=2)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.calibration import Calibration
+from ..runtime.finite import NonFiniteError, explained
 from ..runtime.kv_cache import BLOCK_SIZE
 from ..vision.spans import ImageSpan
 
@@ -206,6 +207,9 @@ def calibrate(
             done += len(batch)
             progress(done, len(windows))
 
+    moments = [*fitted.values(), *held_out.values()]
+    if not all(tensor.isfinite().all() for m in moments for tensor in (m.xx, *m.xy.values())):
+        raise explained(NonFiniteError("the hidden states are not finite"), model, windows[:1])
     projections, features, report = {}, {}, {}
     for depth in depths:
         features[depth] = features_of(fitted[depth], size, rank)

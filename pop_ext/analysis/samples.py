@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..checkpoints.bounds import truncated_repr
-from ..checkpoints.files import one_line
+from ..checkpoints.files import one_line, read_utf8
 from ..runtime.prompts import encode_prompt
 from ..vision.processing import Media
 
@@ -20,7 +20,7 @@ def load_samples(path: str | Path, model) -> tuple[list[list[int]], list[list[in
     path, prompts, continuations, media = Path(path), [], [], []
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: text cannot be turned into tokens")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):  # not what else Unicode calls a line's end
         if not line.strip():
             continue
         name = f"{path}, line {number}"

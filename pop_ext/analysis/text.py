@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..checkpoints.files import atomic_write, resolve_folder
+from ..checkpoints.files import atomic_write, read_utf8, resolve_folder
 from ..runtime.kv_cache import BLOCK_SIZE
 
 PIECE = 512  # tokens of Python's help that stay together in the default text
@@ -21,10 +21,7 @@ PIECE = 512  # tokens of Python's help that stay together in the default text
 
 def read_text(path: str | Path) -> str:
     """A file's text; ValueError if it is not UTF-8."""
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    return read_utf8(Path(path))
 
 
 def encode(tokenizer, text: str) -> tuple[list[int], list[int]]:

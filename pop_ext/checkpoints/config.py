@@ -15,7 +15,7 @@ from .bounds import (
     check_vision_numbers,
     truncated_repr,
 )
-from .families import VISION_FAMILIES, ModelSpec, family_of
+from .families import VISION_FAMILIES, ModelSpec, check_rope_type, family_of
 from .files import CONFIG_LIMIT, CheckpointError, one_line, read_json, regular_file
 from .rope_frequencies import rope_frequencies
 
@@ -58,6 +58,7 @@ def _text_values(raw: dict) -> dict:
         value = raw.get(key)
         if isinstance(value, dict):
             value = {name: item for name, item in value.items() if name != "mrope_section"}
+            check_rope_type(key, value.get("rope_type", value.get("type", "default")))
         _check_scalars(key, value, depth=2)
     return {key: raw[key] for key in CONFIG_KEYS if key in raw}
 

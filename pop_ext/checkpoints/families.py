@@ -7,6 +7,7 @@ runner does not compute is an error that names it, never a term left out.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from .bounds import (
     truncated_repr,
 )
 
+logger = logging.getLogger(__name__)
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -225,11 +227,9 @@ def rope_parameters(config) -> dict[str | None, dict]:
         if not isinstance(parameters, dict):
             raise ValueError(f"{name} is {truncated_repr(parameters)}, expected a table")
         rope_type = parameters.get("rope_type")
-        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
-            raise ValueError(f"{name}: rope_type is {truncated_repr(rope_type)}; supported: {', '.join(ROPE_TYPES)}")
+        check_rope_type(name, rope_type)
         for key, value in parameters.items():
-            # Checkpoints carry numbers of other types of RoPE along, which are not read. What is in no table may
-            # change the positions themselves, as mrope_section does.
+            # Checkpoints carry numbers of other types of RoPE along, and notes on how they came about.
             if key in ROPE_NUMBERS:
                 if value is not None:
                     check_number(f"{name}: {key}", value, ROPE_NUMBERS[key])
@@ -241,12 +241,19 @@ def rope_parameters(config) -> dict[str | None, dict]:
             elif key == "mrope_interleaved" and family.mrope:
                 if value is not True:
                     raise ValueError(f"{name}: mrope_interleaved is {truncated_repr(value)}, expected true")
-            elif key not in ("rope_type", "type", "truncate"):
+            elif key in ("mrope_section", "mrope_interleaved"):
                 raise ValueError(f"{name}: {truncated_repr(key)} is not supported")
+            elif key not in ("rope_type", "type", "truncate"):  # no function of RoPE reads it
+                logger.debug("%s: %s is not used", name, truncated_repr(key))
         for key in ROPE_TYPES[rope_type]:
             if parameters.get(key) is None:
                 raise ValueError(f"{name}: {key} is missing for rope_type {rope_type}")
     return found
+
+
+def check_rope_type(name: str, rope_type) -> None:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+        raise ValueError(f"{name}: rope_type is {truncated_repr(rope_type)}; supported: {', '.join(ROPE_TYPES)}")
 
 
 def check_mrope_section(name: str, value, frequencies: int) -> None:

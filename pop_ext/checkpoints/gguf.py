@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import struct
 import tempfile
 from contextlib import contextmanager
 from functools import lru_cache
@@ -11,67 +14,259 @@ from pathlib import Path
 import torch
 
 from .config import load_config
-from .families import family_of
-from .files import CheckpointError, one_line
+from .families import MODEL_FAMILIES, ModelSpec
+from .files import INDEX, SINGLE_FILE, CheckpointError, check_no_pointer, one_line, some_of
+from .gguf_config import read_config
+from .weights import tensor_names
+
+SHARD_BYTES = 4 << 30  # of a safetensors file, and with it of memory
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+# GGUF's names of tensors, without .weight or .bias -> our keys (`tensor_names`).
+MODEL_TENSORS = {"token_embd": "embedding", "output_norm": "final_norm", "output": "lm_head"}
+LAYER_TENSORS = {
+    "attn_norm": "input_norm", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "output",
+    "attn_q_norm": "q_norm", "attn_k_norm": "k_norm", "post_attention_norm": "post_attention_norm",
+    "ffn_norm": "mlp_norm", "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down", "post_ffw_norm": "post_mlp_norm",
+}  # fmt: skip
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of a value -> bytes
+STRING, ARRAY = 8, 9
 
 
 def convert_gguf(gguf_file: str | Path, output_folder: str | Path) -> Path:
     """Writes the model of a GGUF file as a checkpoint folder (config, tokenizer, bfloat16 safetensors); returns it.
 
+    Of a model in several files (-00001-of-00003.gguf, ...), any of which may be given, all are read.
     bfloat16, as GGUF files are made of models published so: what they leave unquantised comes back exactly, the
     rounding of the rest is far below the quantisation's own, and the runner maps the file as it is, without a copy.
-    The folder appears whole or not at all. FileNotFoundError, FileExistsError if the folder holds anything,
-    ImportError without `accelerate` and `gguf`, CheckpointError if the file is no GGUF or of no supported model.
+    The folder appears whole or not at all, with every tensor of the file and no other. FileNotFoundError,
+    FileExistsError if the folder holds anything, ImportError without `gguf`, CheckpointError if the file is no GGUF, of
+    no supported model, or says anything of it that a config.json of that model cannot.
     """
     gguf_file, output_folder = Path(gguf_file), Path(output_folder)
     if not gguf_file.is_file():
         raise FileNotFoundError(f"{gguf_file}: no such file")
     if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
         raise FileExistsError(f"{output_folder}: exists already")
-    for package in ("accelerate", "gguf"):
-        if find_spec(package) is None:
-            raise ImportError(f"reading a GGUF file needs the package {package}: pip install {package}")
-    with gguf_file.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{gguf_file}: not a GGUF file")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
+    if find_spec("gguf") is None:
+        raise ImportError("reading a GGUF file needs the package gguf: pip install gguf")
     output_folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_folder.parent, prefix=f".{output_folder.name}-") as temporary:
         folder = Path(temporary) / "checkpoint"
-        source = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
-        try:
-            with _read_gguf_once():
-                family_of(AutoConfig.from_pretrained(**source).model_type)
-                model = AutoModelForCausalLM.from_pretrained(
-                    **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-                )
-                tokenizer = AutoTokenizer.from_pretrained(**source)
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        except Exception as error:
-            raise CheckpointError(f"{gguf_file}: {one_line(error)}") from error
-        load_config(folder)
+        folder.mkdir()
+        with _read_once():
+            first, fields, tensors = read_parts(gguf_file)
+            try:
+                config = read_config(fields, tensors)
+            except (ValueError, TypeError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{first}: {one_line(error)}") from error
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            try:
+                spec = ModelSpec.from_config(load_config(folder))
+            except CheckpointError as error:
+                raise CheckpointError(f"{first}: {str(error).partition('config.json: ')[2]}") from error
+            _write_tensors(folder, first, spec, tensors)
+            _write_tokenizer(folder, first, load_config(folder))
         for path in folder.iterdir():  # safetensors are written for their owner only
             path.chmod((folder / "config.json").stat().st_mode)
         folder.rename(output_folder)
     return output_folder
 
 
-@contextmanager
-def _read_gguf_once():
-    """Within it, transformers parses a GGUF once, not for config, weights and tokenizer each.
-
-    It also builds the table of tensor names once, not for each of hundreds of modules. Halves the time of a conversion.
+def read_parts(gguf_file: Path) -> tuple[Path, dict, dict]:
+    """The first file of a model, its fields, and the tensors of all its files by name. CheckpointError if a part is
+    missing or damaged.
     """
     import gguf
 
-    names = ("GGUFReader", "get_tensor_name_map")
-    originals = {name: getattr(gguf, name) for name in names}
+    files, match = [gguf_file], PART.fullmatch(gguf_file.name)
+    if match:
+        name, _, count = match.groups()
+        files = [gguf_file.with_name(f"{name}-{part + 1:05d}-of-{count}.gguf") for part in range(min(int(count), 1000))]
+    fields, tensors = None, {}
+    for number, file in enumerate(files):
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file, expected beside {gguf_file.name}, a part of {len(files)}")
+        check_whole(file)
+        try:
+            reader = gguf.GGUFReader(file)
+            own = {key: field.contents() for key, field in reader.fields.items() if key.startswith("split.")}
+        except Exception as error:  # whatever a damaged file makes of it
+            raise CheckpointError(f"{file}: {one_line(error)}") from error
+        if own.get("split.count", 1) != len(files) or own.get("split.no", 0) != number:
+            raise CheckpointError(
+                f"{file}: is part {own.get('split.no', 0) + 1} of {own.get('split.count', 1)} by its own account, "
+                f"expected part {number + 1} of {len(files)}, named -{number + 1:05d}-of-{len(files):05d}.gguf"
+            )
+        fields = reader.fields if fields is None else fields
+        for tensor in reader.tensors:
+            if tensor.name in tensors:
+                raise CheckpointError(f"{file}: {tensor.name} is in another part, too")
+            tensors[tensor.name] = tensor
+        total = own.get("split.tensors.count")
+    if len(files) > 1 and total not in (None, 0, len(tensors)):
+        raise CheckpointError(f"{files[0]}: its parts have {len(tensors)} tensors, expected {total}")
+    return files[0], fields, tensors
+
+
+def check_whole(path: Path) -> None:
+    """CheckpointError unless a file is a GGUF and holds all that its header lists: a download may have been cut short,
+    and a hostile count must not be trusted.
+    """
+    import mmap
+
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    with path.open("rb") as file:
+        start, size = file.read(64), path.stat().st_size
+        check_no_pointer(path, start)
+        if start[:4] != b"GGUF":
+            raise CheckpointError(f"{path}: not a GGUF file")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    offset, alignment = 4, 32
+
+    def skip(count: int) -> int:
+        nonlocal offset
+        if count > size - offset:
+            raise CheckpointError(f"{path}: cut short: its header needs {count} bytes at {offset}, the file has {size}")
+        offset += count
+        return offset - count
+
+    def number(code: str) -> int:
+        return struct.unpack_from(f"<{code}", data, skip(struct.calcsize(code)))[0]
+
+    def value(kind: int, depth: int = 0) -> None:
+        if kind in SCALARS:
+            skip(SCALARS[kind])
+        elif kind == STRING:
+            skip(number("Q"))
+        elif kind == ARRAY and depth < 2:
+            item, count = number("I"), number("Q")
+            if item in SCALARS:
+                skip(SCALARS[item] * count)
+            else:
+                skip(8 * count)  # each takes that at least
+                rewind(8 * count)
+                for _ in range(count):
+                    value(item, depth + 1)
+        else:
+            raise CheckpointError(f"{path}: has a value of unknown type {kind}")
+
+    def rewind(count: int) -> None:
+        nonlocal offset
+        offset -= count
+
+    if (version := number("I")) not in (2, 3):
+        raise CheckpointError(f"{path}: GGUF version {version}, expected 2 or 3")
+    count, keys = number("Q"), number("Q")
+    for _ in range(keys):
+        length = number("Q")
+        key = data[(begin := skip(length)) : begin + length]
+        kind = number("I")
+        if key == b"general.alignment" and kind == 4:
+            alignment = struct.unpack_from("<I", data, skip(4))[0] or alignment
+        else:
+            value(kind)
+    ends = []
+    for _ in range(count):
+        name = data[(begin := skip(length := number("Q"))) : begin + length]
+        elements = 1
+        for _ in range(number("I")):
+            elements *= number("Q")
+        kind, begin = number("I"), number("Q")
+        if kind not in set(GGMLQuantizationType):
+            raise CheckpointError(f"{path}: {one_line(name.decode('utf-8', 'replace'))} has an unknown type, {kind}")
+        block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        ends.append((begin + elements // block * width, name))
+    data_start = offset + -offset % alignment
+    end, name = max(ends, default=(0, b""))
+    if data_start + end > size:
+        name = one_line(name.decode("utf-8", "replace"))
+        raise CheckpointError(f"{path}: cut short: {name} ends at {data_start + end} bytes, the file has {size}")
+
+
+def _write_tensors(folder: Path, source: Path, spec: ModelSpec, tensors: dict) -> None:
+    """Every tensor, in bfloat16, in safetensors files of a few GiB. CheckpointError if the file has one too many, too
+    few, or of another shape; before anything is written.
+    """
+    from safetensors.torch import save_file
+
+    wanted = _expected(spec)
+    harmless = {name for name in tensors if name == "rope_freqs.weight" or name.endswith("attn_rot_embd.weight")}
+    if missing := wanted.keys() - tensors.keys():
+        raise CheckpointError(f"{source}: lacks {some_of(missing)}")
+    if unknown := tensors.keys() - wanted.keys() - harmless:
+        raise CheckpointError(f"{source}: has {some_of(unknown)}, unknown to this model")
+    shards, sizes = [{}], [0]
+    for name, (key, entry) in wanted.items():
+        shape = tuple(int(size) for size in reversed(tensors[name].shape))
+        if shape != entry.shape:
+            raise CheckpointError(f"{source}: {name} is {list(shape)}, expected {list(entry.shape)}")
+        size = 2 * tensors[name].n_elements
+        if sizes[-1] and sizes[-1] + size > SHARD_BYTES:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][entry.name] = (key, tensors[name])
+        sizes[-1] += size
+    files = [SINGLE_FILE] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]  # fmt: skip
+    for file, shard in zip(files, shards, strict=True):
+        save_file({name: _values(spec, *item) for name, item in shard.items()}, folder / file, {"format": "pt"})
+    if len(files) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _expected(spec: ModelSpec) -> dict[str, tuple[str, object]]:
+    """GGUF's name of each tensor of a model -> our key and its entry in a checkpoint."""
+    model, layers = tensor_names(spec)
+    tables = [("", {ours: theirs for theirs, ours in MODEL_TENSORS.items()}, model)]
+    ours = {ours: theirs for theirs, ours in LAYER_TENSORS.items()}
+    tables += [(f"blk.{index}.", ours, layer) for index, layer in enumerate(layers)]
+    return {
+        f"{prefix}{names[key.removesuffix('_bias')]}.{'bias' if key.endswith('_bias') else 'weight'}": (key, entry)
+        for prefix, names, table in tables
+        for key, entry in table.items()
+    }
+
+
+def _values(spec: ModelSpec, key: str, tensor) -> torch.Tensor:
+    """A tensor dequantised, as transformers' modules hold it."""
+    import gguf
+    import numpy as np
+
+    values = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+    heads = {"q": spec.num_heads, "k": spec.num_kv_heads}.get(key.removesuffix("_bias"))
+    if spec.model_type in ("llama", "mistral") and heads:
+        # llama.cpp turns neighbours of a head together, transformers the two halves.
+        values = values.view(heads, spec.head_dim // 2, 2, -1).transpose(1, 2).reshape(values.shape)
+    if MODEL_FAMILIES[spec.model_type].norm_offset and key.endswith("norm"):
+        values = values - MODEL_FAMILIES[spec.model_type].norm_offset  # GGUF holds the whole gain
+    return values.bfloat16().contiguous()
+
+
+def _write_tokenizer(folder: Path, source: Path, config) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
     try:
-        for name in names:
-            setattr(gguf, name, lru_cache(originals[name]))
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{source}: the tokenizer cannot be read: {one_line(error)}") from error
+    ids = {f"{kind}_token_id": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    GenerationConfig(**{key: value for key, value in ids.items() if value is not None}).save_pretrained(folder)
+
+
+@contextmanager
+def _read_once():
+    """Within it, transformers does not parse again, for the tokenizer, a GGUF that was parsed for the weights."""
+    import gguf
+
+    original = gguf.GGUFReader
+    cached = lru_cache(maxsize=4)(original)
+    try:
+        gguf.GGUFReader = lambda path, mode="r": cached(str(path), mode)
         yield
     finally:
-        for name in names:
-            setattr(gguf, name, originals[name])
+        gguf.GGUFReader = original

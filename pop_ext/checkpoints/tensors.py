@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 
 from .bounds import truncated_repr
 from .families import MODEL_FAMILIES
-from .files import INDEX, SINGLE_FILE, CheckpointError, one_line, read_json, regular_file, some_of
+from .files import INDEX, SINGLE_FILE, CheckpointError, check_no_pointer, one_line, read_json, regular_file, some_of
 
 INDEX_LIMIT = 64 << 20
 HEADER_LIMIT = 64 << 20
+TIED_HEAD = "lm_head.weight"  # that an index may list, and no shard hold
+logger = logging.getLogger(__name__)
 DTYPES = ("F64", "F32", "F16", "BF16")
 # Names of a vision-language checkpoint's tensors, as they are published and as transformers saves them -> ours: the
 # decoder's like those of a decoder alone, the vision tower's like those of transformers' modules.
@@ -46,7 +49,7 @@ class CheckpointTensors:
         for path, names in _weight_files(folder):
             file = open_safetensors(path)
             found = set(file.keys())
-            if names is not None and found != names:
+            if names is not None and found - {TIED_HEAD} != names - {TIED_HEAD}:  # which `check` sees to
                 which = f"has {some_of(found - names)}" if found - names else f"lacks {some_of(names - found)}"
                 raise CheckpointError(f"{path}: {which}, against {INDEX}")
             for stored in found:
@@ -58,10 +61,14 @@ class CheckpointTensors:
                         f"{path}: {truncated_repr(stored)} is {truncated_repr(self.stored[name])} under another name"
                     )
                 self.files[name] = (path, file)
+        if vision_type is None and "embed_tokens.weight" in self.files:  # the decoder alone, saved without its head
+            for name in [name for name in self.files if name.startswith(("embed_tokens.", "layers.", "norm."))]:
+                self.files[f"model.{name}"], self.stored[f"model.{name}"] = self.files.pop(name), self.stored.pop(name)
 
     def check(self, tables: list[dict[str, TensorEntry]], others: tuple[str, ...] = ()) -> None:
         """Every name is there in its shape and a floating dtype, and nothing else is but what `others` begin."""
         expected = {entry.name: entry.shape for table in tables for entry in table.values()}
+        self._find_shared(expected)
         if missing := expected.keys() - self.files.keys():
             raise CheckpointError(f"{self.folder}: lacks {some_of(missing)}")
         # Frequencies of RoPE, once saved as buffers, and a second copy of a tied embedding say nothing new.
@@ -73,8 +80,12 @@ class CheckpointTensors:
             and name not in lm_heads
             and name.partition(".")[0] not in others
         }
+        # Beside the decoder there may be heads for other uses; in it, what is unknown would change what it computes.
+        decoder = {name for name in unexpected if name.partition(".")[0] in {key.partition(".")[0] for key in expected}}
+        if decoder:
+            raise CheckpointError(f"{self.folder}: has {some_of(decoder)}, unknown to this model")
         if unexpected:
-            raise CheckpointError(f"{self.folder}: has {some_of(unexpected)}, unknown to this model")
+            logger.warning("%s: has %s, which this model does not use", self.folder, some_of(unexpected))
         for name, shape in expected.items():
             path, file = self.files[name]
             header = file.get_slice(self.stored[name])
@@ -82,6 +93,17 @@ class CheckpointTensors:
                 raise CheckpointError(f"{path}: {name} is {header.get_shape()}, expected {list(shape)} by config.json")
             if header.get_dtype() not in DTYPES:
                 raise CheckpointError(f"{path}: {name} is {header.get_dtype()}, expected {', '.join(DTYPES)}")
+
+    def _find_shared(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Names that are missing because safetensors keeps one of those that share memory, and says so in the file's
+        metadata: each is then the tensor that is kept.
+        """
+        if not expected.keys() - self.files.keys():
+            return
+        for path, file in dict(self.files.values()).items():
+            for removed, kept in (file.metadata() or {}).items():
+                if removed in expected and removed not in self.files and self.files.get(kept, (None,))[0] == path:
+                    self.files[removed], self.stored[removed] = self.files[kept], self.stored[kept]
 
     def check_tied(self, embedding: TensorEntry, lm_head: str) -> None:
         """A tied checkpoint that holds lm_head all the same must hold the embedding in it."""
@@ -143,7 +165,9 @@ def open_safetensors(path: Path):
     """safe_open, which checks that the header is sound and agrees with the file's size, after a look at its length."""
     try:
         with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
+            start = file.read(64)
+            check_no_pointer(path, start)
+            header = int.from_bytes(start[:8], "little")
             size = os.fstat(file.fileno()).st_size
         if header > min(size - 8, HEADER_LIMIT):
             raise CheckpointError(f"{path}: its header is {header} bytes long, the file {size}")

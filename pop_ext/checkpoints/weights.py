@@ -73,7 +73,7 @@ def load_weights(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}, expected a floating dtype")
     files = CheckpointTensors(Path(folder), dtype, torch.device(device), spec.vision_type)
-    tensors, layer_tensors = _tensor_names(spec)
+    tensors, layer_tensors = tensor_names(spec)
     files.check([tensors, *layer_tensors], others=VISION_MODULES.get(spec.vision_type, ()))
     if spec.tie_word_embeddings:
         files.check_tied(tensors["embedding"], MODEL_FAMILIES[spec.model_type].lm_head)
@@ -146,7 +146,7 @@ def load_vision_weights(
     }
 
 
-def _tensor_names(spec: ModelSpec) -> tuple[dict[str, TensorEntry], list[dict[str, TensorEntry]]]:
+def tensor_names(spec: ModelSpec) -> tuple[dict[str, TensorEntry], list[dict[str, TensorEntry]]]:
     """What the checkpoint of a spec must hold: for the model and for each layer, our key -> name and shape."""
     family = MODEL_FAMILIES[spec.model_type]
     hidden, inner = spec.hidden_size, spec.intermediate_size

@@ -17,12 +17,11 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
         raise ValueError("give the prompt either with --prompt TEXT or with --prompt-file FILE (- is standard input)")
     if prompt is not None:
         return prompt
+    from pop_ext.checkpoints.files import decoded_utf8
+
     data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
-    try:
-        # An editor's newline at the end of the file is no part of the prompt.
-        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {prompt_file} is not UTF-8 text: {error}") from None
+    # An editor's newline at the end of the file is no part of the prompt.
+    return decoded_utf8(data, f"--prompt-file {prompt_file}").removesuffix("\n").removesuffix("\r")
 
 
 def sampling_settings(temperature: float | None, top_p: float | None, top_k: int | None) -> dict:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lm_eval.models  # noqa: F401  which makes all other models known by name
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from ..runtime.loading import load
 from ..runtime.prefill_depth import parse_depth
+
+COUNT_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's order of them
 
 
 @register_model("pop")
@@ -121,9 +124,17 @@ class POP(TemplateLM):
             context, settings = request.args
             settings = dict(settings)
             until = settings.pop("until", None) or []
-            until = [until] if isinstance(until, str) else until
-            count = settings.pop("max_gen_toks", self.max_gen_toks)
-            sample = settings.pop("do_sample", False) and settings.get("temperature", 1.0) > 0
+            until = [string for string in ([until] if isinstance(until, str) else until) if string]
+            counts = [settings.pop(name, None) for name in COUNT_NAMES]
+            count = int(next((value for value in counts if value is not None), self.max_gen_toks))
+            if not 1 <= count < self.max_length:
+                raise ValueError(
+                    f"max_gen_toks is {count}, expected 1 to {self.max_length - 1}: the model's context is "
+                    f"{self.max_length} tokens, and the prompt needs one at least"
+                )
+            temperature = settings.get("temperature")
+            sample = settings.pop("do_sample", None)
+            sample = bool(temperature) if sample is None else bool(sample) and temperature != 0
             if not sample:
                 settings = {k: v for k, v in settings.items() if k not in ("temperature", "top_p", "top_k")}
             prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - count) :]

@@ -12,6 +12,7 @@ import transformers
 
 from .checks import check_integer
 from .device_generation import decode_on_device
+from .finite import NonFiniteError, explained
 from .model import PrefillModel
 from .prompts import encode_prompt, media_lists, prompt_list
 from .sampling import TransformersRules
@@ -198,6 +199,8 @@ class Model(PrefillModel):
                 times.decode_tokens += len(tokens)
             times.decode = time.perf_counter() - first
             return times
+        except NonFiniteError as error:
+            raise explained(error, self, prompt_ids) from None
         finally:
             if streamer is not None:
                 streamer.end()  # also when something failed: a reader in another thread waits for the end

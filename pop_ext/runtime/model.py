@@ -25,6 +25,7 @@ from ..vision.encoder import Vision
 from ..vision.spans import ImageSpan
 from .checks import check_count, check_image_spans, check_token_lists
 from .device import StageTimes, cache_capacity, check_kernels, resolve_device, to_device, weight_bytes
+from .finite import NonFiniteError, check_logits, explained
 from .forward_batch import ForwardBatch, SequenceChunk, forward_passes
 from .kv_cache import BLOCK_SIZE, KVCache, Sequence
 from .rope import RotaryEmbedding
@@ -231,6 +232,9 @@ class PrefillModel:
                     ]  # back to the prompt; what follows in the cache is overwritten
                     sequence.num_cached = len(prompt)
                 results.append(torch.cat(rows))
+                check_logits(results[-1])
+        except NonFiniteError as error:
+            raise explained(error, self, prompts) from None
         finally:
             if sequence is not None:
                 self.free(sequence)

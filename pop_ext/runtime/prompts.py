@@ -1,7 +1,10 @@
 """Prompts: text, chats and token ids, with their images and videos, become token ids."""
 
 import operator
+import re
+from collections.abc import Mapping
 
+from ..checkpoints.files import one_line
 from .checks import is_integer, type_name
 
 
@@ -36,6 +39,8 @@ def encode_prompt(model, prompt, name: str, history: list[int], images=(), video
                     "".join(model.vision.written(kind, model.tokenizer) for kind in kinds for _ in media[kind]) + text
                 )
             text = model.vision.expand(text, media, name, model.tokenizer)
+        if (wrong := re.search("[\ud800-\udfff]", text)) is not None:
+            raise ValueError(f"{name} has {wrong[0]!a} at {wrong.start()}: half of a surrogate pair, which is no text")
         token_ids = model.tokenizer(text, add_special_tokens=is_text and not history).input_ids
         # A finished answer ends with the token that a chat template puts after it: once is enough.
         if is_chat and history and history[-1:] == token_ids[:1]:
@@ -74,11 +79,15 @@ def _chat_media(messages, name: str, images, videos) -> tuple[list, list, list]:
             parts = []
             for part in content:
                 kind = part.get("type") if isinstance(part, dict) else None
+                if kind == "image_url":  # as OpenAI's interface spells it
+                    kind, source = "image", part.get("image_url")
+                    part = {"type": kind, kind: source.get("url") if isinstance(source, dict) else source}
                 if kind not in ("text", "image", "video"):
                     raise ValueError(f"{name}: a part of a message is {part!r:.80}, expected text, image or video")
                 if kind != "text":
-                    if kind in part:
-                        found[kind].append(part[kind])
+                    source = next((key for key in (kind, "path", "url") if key in part), None)
+                    if source is not None:
+                        found[kind].append(part[source])
                     elif waiting[kind]:
                         found[kind].append(waiting[kind].pop(0))
                     else:
@@ -105,13 +114,18 @@ def _chat_media(messages, name: str, images, videos) -> tuple[list, list, list]:
 def _render_chat(tokenizer, messages, name: str, continues: bool) -> str:
     """Chat messages as text, up to where the assistant's answer starts."""
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        if not isinstance(message, dict) or "role" not in message or not {"content", "tool_calls"} & message.keys():
             raise TypeError(f"{name}[{i}] must be a message with 'role' and 'content', got {message!r:.100}")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{name} is a list of chat messages, but the tokenizer has no chat template: pass text")
 
+    messages = [_for_template(message, str(tokenizer.chat_template)) for message in messages]
+
     def render(messages):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, and fails as any
+            raise ValueError(f"{name}: the tokenizer's chat template refuses it: {one_line(error)}") from error
 
     if not continues:
         return render(messages)
@@ -124,10 +138,40 @@ def _render_chat(tokenizer, messages, name: str, continues: bool) -> str:
     return chat.partition(answer)[2]
 
 
+def _for_template(message: dict, template: str) -> dict:
+    """A message whose content the template can show: no list, and not nothing, where it would print what Python does.
+
+    Several texts are joined by newlines.
+    """
+    content = message.get("content")
+    if content is None:
+        return message | {"content": ""}
+    lists = re.search(r"\bin\s+(\w+(\.content|\[['\"]content['\"]\])|content)\b", template)
+    if isinstance(content, list | tuple) and not lists:
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"the chat template shows text only, and a message has {content!r:.80}")
+        return message | {"content": "\n".join(texts)}
+    return message
+
+
 def prompt_list(prompts) -> tuple[list, bool]:
-    """The prompts, and whether it was a single one."""
+    """The prompts, and whether it was a single one. Tensors and arrays of token ids become lists; of a tokenizer's
+    output its input_ids, without what attention_mask marks as padding.
+    """
     if isinstance(prompts, str):
         return [prompts], True
+    mask = None
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        if others := prompts.keys() & {"pixel_values", "image_grid_thw", "pixel_values_videos"}:
+            raise ValueError(f"prompts has {', '.join(sorted(others))}: pass the images themselves as images")
+        prompts, mask = prompts["input_ids"], prompts.get("attention_mask")
+    prompts, mask = _plain_lists(prompts), _plain_lists(mask)
+    if mask:
+        single = bool(prompts) and is_integer(prompts[0])
+        rows = zip([prompts], [mask], strict=True) if single else zip(prompts, mask, strict=True)
+        rows = [[token for token, real in zip(*row, strict=True) if real] for row in rows]
+        prompts = rows[0] if single else rows
     if not isinstance(prompts, (list, tuple)):
         raise TypeError(
             "prompts must be a string, a list of chat messages, a list of token ids, or a list of these, got "
@@ -137,6 +181,15 @@ def prompt_list(prompts) -> tuple[list, bool]:
         raise ValueError("prompts is empty: expected at least one prompt")
     single = isinstance(prompts[0], dict) or is_integer(prompts[0])
     return ([prompts] if single else list(prompts)), single
+
+
+def _plain_lists(value):
+    """Tensors and arrays as lists, also those in a list."""
+    if hasattr(value, "tolist") and hasattr(value, "ndim"):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain_lists(item) if hasattr(item, "ndim") else item for item in value]
+    return value
 
 
 def media_lists(name: str, media, prompts, single: bool) -> list[list]:

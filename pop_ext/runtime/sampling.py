@@ -25,16 +25,16 @@ from transformers.generation import (
 )
 
 from .checks import check_integer, type_name
+from .finite import check_chosen, check_logits
 
 # Settings of a GenerationConfig that ask for something else than one sequence per prompt, decoded greedily or by
 # sampling from POP's own cache. Each with the values that ask for nothing; any other value raises.
+# How the cache is kept and the model compiled is not among them: it would change no token, and here it is ours.
 UNSUPPORTED_SETTINGS = {
     # beams and constraints
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
     "diversity_penalty": (None, 0),
-    "length_penalty": (None, 1),
-    "early_stopping": (None, False),
     "constraints": (None,),
     "force_words_ids": (None,),
     "num_return_sequences": (None, 1),
@@ -48,14 +48,6 @@ UNSUPPORTED_SETTINGS = {
     "is_assistant": (None, False),
     "speculation_type": (None,),
     "use_mtp": (None, False),
-    # the cache and the forward pass are ours
-    "use_cache": (None, True),
-    "cache_implementation": (None,),
-    "cache_config": (None,),
-    "max_cache_len": (None,),
-    "prefill_chunk_size": (None,),
-    "compile_config": (None,),
-    "low_memory": (None, False),
     # outputs that GenerationOutput does not have
     "return_dict_in_generate": (None, False),
     "output_scores": (None, False),
@@ -179,9 +171,11 @@ class TransformersRules(transformers.GenerationMixin):
     def choose(self, rows: list[Row], logits: torch.Tensor, return_logprobs: bool) -> list[int]:
         """The next token of every row from logits [rows, vocabulary] float32; appends it to the rows."""
         if self.do_sample or rows[0].processors:
+            check_logits(logits)
             tokens = [self._choose_one(row, logits[i : i + 1].clone()) for i, row in enumerate(rows)]
         else:
             tokens = _argmax(logits)
+            check_chosen(logits, tokens)
         if return_logprobs:
             chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
             for row, logprob in zip(rows, (chosen - logits.logsumexp(-1)).tolist(), strict=True):
