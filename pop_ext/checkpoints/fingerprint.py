@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .weights import _tensor_names, _Tensors, load_config, resolve_folder
+from .config import load_config
 from .families import ModelSpec
+from .files import resolve_folder
+from .tensors import CheckpointTensors
+from .weights import _tensor_names
 
 SAMPLE = 4096  # values of a tensor
 
@@ -33,7 +36,7 @@ def checkpoint_fingerprint(folder: str | Path) -> str:
     """`Model.fingerprint()` of a checkpoint folder, or hub id, without loading it: one layer is in memory at a time."""
     folder = resolve_folder(folder)
     spec = ModelSpec.from_config(load_config(folder))
-    files = _Tensors(folder, torch.bfloat16, torch.device("cpu"), spec.vision_type)
+    files = CheckpointTensors(folder, torch.bfloat16, torch.device("cpu"), spec.vision_type)
     model, layers = _tensor_names(spec)
     names = {"qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias"), "gate_up": ("gate", "up")}
     parts = {part for several in names.values() for part in several}

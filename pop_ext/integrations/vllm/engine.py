@@ -15,6 +15,7 @@ import functools
 import importlib
 import weakref
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def configure(settings: Settings, vllm_config: VllmConfig) -> None:
 class PromptLengths(LogitsProcessor):
     """The prompt length of each row of a worker's batch. Logits stay as they are."""
 
-    engines: weakref.WeakValueDictionary[int, PromptLengths] = weakref.WeakValueDictionary()  # by id of the config
+    engines: ClassVar = weakref.WeakValueDictionary()  # id of an engine's config -> its PromptLengths
 
     @classmethod
     def validate_params(cls, sampling_params) -> None:
@@ -306,10 +307,9 @@ class PopModel:
         if get_tensor_model_parallel_rank() == 0:
             rank = self.projections.rank
             how = f"of {self.settings.calibration}, rank {rank}" if self.calibrated else "of the layers' own weights"
-            logger.info(
-                "POP: prompt tokens run through %d of %d layers, but for %d anchor and %d boundary tokens; projections %s",
-                self.depth, len(self.model.layers), self.settings.anchor_tokens, self.settings.boundary_tokens, how,
-            )  # fmt: skip
+            deep = f"{self.settings.anchor_tokens} anchor and {self.settings.boundary_tokens} boundary tokens"
+            layers = f"{self.depth} of {len(self.model.layers)} layers"
+            logger.info("POP: prompts run through %s, %s through all; projections %s", layers, deep, how)
         return loaded
 
     def make_projections(self) -> Projections:
@@ -319,23 +319,28 @@ class PopModel:
         features = None
         if self.calibrated:
             shape = Shape(len(self.model.layers), self.config.hidden_size, first.total_num_kv_heads, first.head_dim)
-            start = get_tensor_model_parallel_rank() * first.total_num_kv_heads // get_tensor_model_parallel_world_size()
+            start = (
+                get_tensor_model_parallel_rank() * first.total_num_kv_heads // get_tensor_model_parallel_world_size()
+            )
             heads = slice(start, start + first.num_kv_heads)
             weight, features = calibrated(
                 self.settings.calibration, self.pop_config.model, self.depth, shape, heads, dtype
             )
         else:
-            own = [layer.self_attn.qkv_proj.weight[size:].float() * _gain(layer.input_layernorm) for layer in self.skipped]
+            own = [
+                layer.self_attn.qkv_proj.weight[size:].float() * _gain(layer.input_layernorm) for layer in self.skipped
+            ]
             weight = torch.stack([rows.to(dtype) for rows in own])
         biases = [layer.self_attn.qkv_proj.bias for layer in self.skipped]
         k_norms = [getattr(layer.self_attn, "k_norm", None) for layer in self.skipped]
         ropes = [layer.self_attn.rotary_emb for layer in self.skipped]
         self.ropes = list({id(rope): rope for rope in ropes}.values())
+        rope_index = [self.ropes.index(rope) for rope in ropes]
         return Projections(
             weight=weight,
             bias=None if biases[0] is None else torch.stack([bias[size:] for bias in biases]),
             k_norm=None if k_norms[0] is None else torch.stack([_gain(norm) for norm in k_norms]),
-            rope_index=torch.tensor([self.ropes.index(rope) for rope in ropes], dtype=torch.int32, device=weight.device),
+            rope_index=torch.tensor(rope_index, dtype=torch.int32, device=weight.device),
             eps=self.config.rms_norm_eps,
             head_dim=first.head_dim,
             features=features,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pop_ext.ops  # noqa: F401  torch.ops.pop
-from pop_ext.analysis.calibration import Calibration, CalibrationError
+from pop_ext.checkpoints.calibration import Calibration, CalibrationError
 from pop_ext.checkpoints.fingerprint import checkpoint_fingerprint
 
 pop = torch.ops.pop
@@ -70,7 +70,7 @@ def calibrated(
     path: str, folder: str, depth: int, shape: Shape, heads: slice, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """The projections [L - depth, 2 h E, D + rank] of key/value heads `heads`, and the features [rank, D], of a
-    calibration file. CalibrationError if it is damaged, without this depth, or made for other weights than `folder` has.
+    calibration file. CalibrationError if it is damaged, without this depth, or made for other weights than `folder`'s.
     """
     calibration = Calibration.load(path, shape, dtype)
     weight, features = calibration.at(depth)

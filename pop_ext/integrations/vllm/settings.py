@@ -25,7 +25,7 @@ class Settings:
 
     @classmethod
     def read(cls, additional_config) -> Settings | None:
-        """The settings in vLLM's additional config; None where it has no `pop` section. ValueError names what is wrong."""
+        """The settings in vLLM's additional config, None without a `pop` section. ValueError names what is wrong."""
         section = additional_config.get("pop") if isinstance(additional_config, dict) else None
         if section is None:
             return None
