@@ -19,7 +19,7 @@ HEADS8 = Tiny(
     dict(hidden_size=96, intermediate_size=188, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
          head_dim=32, tie_word_embeddings=True),
 )  # fmt: skip
-TIE = 0.0  # nats; two tokens that are closer are as good as one another
+TIE = 1e-4  # nats: two tokens so close are told apart by rounding only
 TOLERANCE = 2e-4  # nats, of each of the 20 likeliest tokens
 
 
@@ -89,7 +89,7 @@ def tokens(outputs) -> list[list[int]]:
 
 def differences(outputs, model) -> list[float]:
     """For each output how far the log-probabilities of its 20 likeliest tokens are from the model's, at most, in nats;
-    infinite where a token is not the model's greedy one.
+    or how far a token is below the model's greedy one, if it is another.
     """
     found = []
     prompts, continuations = [list(output.prompt_token_ids) for output in outputs], tokens(outputs)

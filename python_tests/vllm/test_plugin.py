@@ -19,6 +19,7 @@ import torch
 import vllm
 from engines import engine, generate, runner, text_ids, tiny_folder
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 
 from pop_ext.checkpoints.fingerprint import checkpoint_fingerprint
 from pop_ext.integrations.vllm.settings import Settings
@@ -104,7 +105,7 @@ def test_prompt_logprobs_are_refused(heads8):
     from vllm import SamplingParams
 
     with engine(heads8, {"prefill_depth": 3}) as llm:
-        with pytest.raises(ValueError, match="prompt_logprobs is set"):
+        with pytest.raises(VLLMValidationError, match="prompt_logprobs is set"):
             llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(prompt_logprobs=1), use_tqdm=False)
         assert generate(llm, [[1, 2, 3]])  # and the engine goes on
 
@@ -182,12 +183,12 @@ def test_identity():
 
 
 def test_server(smollm2, tmp_path):
-    """`vllm serve` with the additional config and nothing else of POP; a streamed completion over HTTP."""
+    """The server with the additional config and nothing else of POP; a streamed completion over HTTP."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2), "--host", "127.0.0.1",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2), "--host", "127.0.0.1",
         "--port", str(port),
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20),
         "--served-model-name", "m", "--additional-config", json.dumps({"pop": {"prefill_depth": 20}}),
