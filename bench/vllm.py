@@ -101,8 +101,9 @@ def main() -> None:
     found: dict[str, list[dict]] = {name: [] for name in ENGINES}
     for number in range(args.rounds):
         for name, depth in ENGINES.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(depth or 0)]
-            out = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            # -P: this file has the name of the package that it imports
+            command = [sys.executable, "-P", __file__, *sys.argv[1:], "--worker", str(depth or 0)]
+            out = subprocess.run(command, capture_output=True, text=True)
             if out.returncode:
                 sys.exit(f"{name}: {out.stderr[-2000:]}")
             found[name].append(json.loads(out.stdout.splitlines()[-1]))
