@@ -45,7 +45,8 @@ def resolve_folder(path_or_hub_id: str | Path, revision: str | None = None) -> P
 
     try:
         # Weights in another layout (original/, consolidated.safetensors) would double the download.
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"]))
+        patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": ["*/*", "consolidated*"]}
+        return Path(snapshot_download(name, revision=revision, **patterns))
     except Exception as error:
         raise FileNotFoundError(f"{name}: no such folder, and not to be had from the hub: {error}") from error
 

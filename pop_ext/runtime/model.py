@@ -8,7 +8,6 @@ the keys and values that were projected for the others. So one function, `Prefil
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from ..checkpoints.calibration import Calibration
 from ..checkpoints.config import load_config
 from ..checkpoints.families import ModelSpec
+from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.tokenizer import load_generation_config, load_tokenizer
 from ..checkpoints.weights import load_weights
 from ..vision.encoder import Vision
@@ -133,14 +133,7 @@ class PrefillModel:
         """
         weights = self.weights
         tables = [{"embedding": weights.embedding, "final_norm": weights.final_norm, "lm_head": weights.lm_head}]
-        digest = hashlib.sha256(repr(self.spec).encode())
-        for table in tables + [vars(layer) for layer in weights.layers]:
-            for name, tensor in sorted(table.items()):
-                if tensor is not None:
-                    values = tensor.flatten()
-                    sample = values[:: max(1, len(values) // 4096)].bfloat16()
-                    digest.update(name.encode() + sample.cpu().view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.spec, tables + [vars(layer) for layer in weights.layers])
 
     # Prefill and decode
 
