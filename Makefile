@@ -1,11 +1,11 @@
 PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-NATIVE = $(shell find csrc -type f -not -path '*/emulator/*') CMakeLists.txt setup.py pyproject.toml
+NATIVE = $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 SMOLLM2 = build/models/smollm2-135m
 SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 
-.PHONY: demo test bench bench-peers bench-kernels seeing lint format sanitize sanitize-emulator cutlass
+.PHONY: demo test bench bench-peers bench-kernels vlm-synthetic lint format sanitize sanitize-emulator cutlass
 
 demo: $(SMOLLM2)
 	@$(BIN)/python bench/demo.py $(SMOLLM2)
@@ -21,9 +21,9 @@ bench-peers: $(SMOLLM2)
 	$(BIN)/python bench/peers.py $(SMOLLM2)
 
 # Two very small vision-language models that see, trained here (some ten minutes the first time), at every prefill depth.
-seeing: .venv/built
+vlm-synthetic: .venv/built
 	@mkdir -p build/models
-	$(BIN)/python bench/seeing.py build/models
+	$(BIN)/python bench/vlm_synthetic.py build/models
 
 # The CUDA kernels' microbenchmark programs, and CUTLASS beside linear: on the GPU where there is one, else on the software device.
 KERNELS = rms_norm linear gated_linear qkv_project attention project_kv cutlass
@@ -36,12 +36,12 @@ bench-kernels: build/emulator/lib/libcudart.so.13
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc bench tools/ptx-emulator/src -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: .venv/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+	find csrc bench tools/ptx-emulator/src -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 # The operation tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, beside the Python files in a folder of its own.
 sanitize: .venv/built
@@ -55,21 +55,21 @@ sanitize: .venv/built
 
 # The software device's own tests on such a build of it.
 sanitize-emulator: .venv/built
-	PATH=$(BIN):$$PATH cmake -S csrc/emulator -B build/sanitize-emulator -G Ninja -DPOP_SANITIZE=address,undefined -DPOP_EMULATOR_ISAS=avx2 >build/sanitize.log
+	PATH=$(BIN):$$PATH cmake -S tools/ptx-emulator -B build/sanitize-emulator -G Ninja -DPOP_SANITIZE=address,undefined -DPOP_EMULATOR_ISAS=avx2 >build/sanitize.log
 	PATH=$(BIN):$$PATH cmake --build build/sanitize-emulator
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  POP_EMULATOR_PATH=$(CURDIR)/build/sanitize-emulator/lib $(BIN)/python -m pytest python_tests/emulator
+	  POP_EMULATOR_PATH=$(CURDIR)/build/sanitize-emulator/lib $(BIN)/python -m pytest tools/ptx-emulator/tests
 
 # All of CUTLASS's device GEMMs that the software device is tried on; `make test` has one of them.
 cutlass: build/emulator/lib/libcudart.so.13
-	POP_EMULATOR_ALL_CUTLASS=1 $(BIN)/python -m pytest python_tests/emulator/test_cutlass.py
+	POP_EMULATOR_ALL_CUTLASS=1 $(BIN)/python -m pytest tools/ptx-emulator/tests/test_cutlass.py
 
 # The software CUDA device, which needs nvcc's headers, and nvcc to compile test programs for it; its tests skip without.
-build/emulator/lib/libcudart.so.13: .venv/built $(shell find csrc/emulator -type f)
+build/emulator/lib/libcudart.so.13: .venv/built tools/ptx-emulator/CMakeLists.txt $(shell find tools/ptx-emulator/src -type f)
 	@if command -v nvcc >/dev/null; then \
 	  echo "Building the software CUDA device"; \
 	  PATH=$(BIN):$$PATH && \
-	  cmake -S csrc/emulator -B build/emulator -G Ninja >/dev/null && cmake --build build/emulator && touch $@; \
+	  cmake -S tools/ptx-emulator -B build/emulator -G Ninja >/dev/null && cmake --build build/emulator && touch $@; \
 	else echo "nvcc is not installed: the software CUDA device is left out"; fi
 
 # Set-up: each step leaves a mark in .venv.

@@ -7,7 +7,7 @@ Rounds, medians and yardsticks are bench/prefill.py's; every round runs every de
     seconds, seconds_range                  to the last prompt token's logits: median of the rounds, [least, most]
     stages_seconds                          medians of truncated_prefill, projection and boundary
     relative, predicted_relative            speed over that at full depth; and the same by counting multiplications
-    gemm_share                              of the rate of a large bf16 GEMM, by the multiplications that are done
+    gemm_share                              of a large GEMM's rate, by the multiplications that are done
     other_load                              processors that other programs kept busy meanwhile (mean)
 """
 
@@ -22,8 +22,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pop_ext.checkpoint import load_config, resolve_folder
-from pop_ext.families import ModelSpec
+from pop_ext.checkpoints.config import load_config
+from pop_ext.checkpoints.families import ModelSpec
+from pop_ext.checkpoints.files import resolve_folder
 
 SHARES = (5 / 6, 2 / 3, 1 / 2, 1 / 3)  # of all layers, besides all of them
 STAGES = "truncated_prefill", "projection", "boundary"

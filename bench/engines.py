@@ -9,20 +9,32 @@ then decodes d tokens greedily. The answer:
     stages                                      prefill_seconds by stage ("pop")
     cpu_seconds                                 processor time of the command altogether
 
-"machine" is not an engine but the yardstick; to {} it answers with the rates of a large bf16 multiplication and of
-reading memory. A failure is answered with {"error": text}. Between commands a process waits and uses no processor.
+"machine" is not an engine but the yardstick; to {} it answers with the rates of a large matrix multiplication and of
+reading memory, and with the dtype of that multiplication: bfloat16 where a short trial finds it no slower than float32,
+else float32 (without bf16 instructions torch takes 100 times as long). A failure is answered with {"error": text}.
+Between commands a process waits and uses no processor. It ends with the process that started it, however that ends.
 Each engine imports its own libraries only, so that it can run in an environment that has no others.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
+import signal
 import sys
 import time
 
 THREADS = 2
+
+
+def die_with(parent: int) -> None:
+    """Linux kills this process as soon as `parent`, the process that started it, ends for whatever reason."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Clock:
@@ -50,15 +62,32 @@ def random_prompt(vocab_size: int, tokens: int) -> list[int]:
     return [random.randrange(vocab_size) for _ in range(tokens)]
 
 
+def fast_dtype(size: int = 512) -> str:
+    """The name of the dtype in which torch multiplies matrices faster here, "bfloat16" or "float32"."""
+    import torch
+
+    seconds = {}
+    for name in ("float32", "bfloat16"):
+        a, b = (torch.randn(size, size).to(getattr(torch, name)) for _ in range(2))
+        torch.mm(a[:8], b)  # wakes the threads
+        trials = []
+        for _ in range(3):
+            with Clock() as clock:
+                torch.mm(a, b)
+            trials.append(clock.seconds)
+        seconds[name] = min(trials)
+    return min(reversed(seconds), key=seconds.get)
+
+
 class Machine:
-    """What the machine can do: multiply-adds of a large bf16 matrix multiplication, and bytes read, per second."""
+    """What the machine can do: multiply-adds of a large matrix multiplication, and bytes read, per second."""
 
     def __init__(self, model: str, size: int = 4096, read_bytes: int = 2**29):
         import torch
 
         torch.set_num_threads(THREADS)
-        self.torch = torch
-        self.a, self.b = (torch.randn(size, size).bfloat16() for _ in range(2))
+        self.torch, self.dtype = torch, fast_dtype()
+        self.a, self.b = (torch.randn(size, size).to(getattr(torch, self.dtype)) for _ in range(2))
         self.memory = torch.ones(read_bytes // 8, dtype=torch.int64)
 
     def run(self) -> dict:
@@ -70,6 +99,7 @@ class Machine:
             self.memory.sum()  # of the reductions, the one that is fastest here
         multiplications, read_bytes = len(self.a) ** 3, self.memory.nbytes
         return {
+            "dtype": self.dtype,
             "multiplications_per_second": multiplications / multiply.seconds,
             "multiplications_per_cpu_second": multiplications * THREADS / multiply.cpu_seconds,
             "read_bytes_per_second": read_bytes / read.seconds,
@@ -102,9 +132,9 @@ class Pop:
 
 
 class Transformers:
-    """transformers in bf16, with a DynamicCache, the last token's logits only, and its fastest attention here."""
+    """transformers with a DynamicCache, the last token's logits only, and its fastest attention here."""
 
-    def __init__(self, model: str, attention: str = "sdpa"):
+    def __init__(self, model: str, attention: str = "sdpa", dtype: str = "bfloat16"):
         import torch
         import transformers
 
@@ -113,7 +143,7 @@ class Transformers:
         transformers.logging.disable_progress_bar()
         self.torch, self.transformers = torch, transformers
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, attn_implementation=attention
+            model, dtype=getattr(torch, dtype), attn_implementation=attention
         )
         self.model.eval()
 
@@ -141,8 +171,8 @@ class TransformersCompile(Transformers):
     Prefill is compiled for each prompt length, 10% faster than one graph for all lengths; decoding has one graph.
     """
 
-    def __init__(self, model: str, attention: str = "sdpa"):
-        super().__init__(model, attention)
+    def __init__(self, model: str, attention: str = "sdpa", dtype: str = "bfloat16"):
+        super().__init__(model, attention, dtype)
         from torch import _inductor
 
         _inductor.config.freezing = True
@@ -157,15 +187,17 @@ class TransformersCompile(Transformers):
 
 
 class OpenVINO:
-    """OpenVINO GenAI in bf16, from a folder that optimum-intel exported; tokens are timed as they reach a streamer."""
+    """OpenVINO GenAI, from a folder that optimum-intel exported; tokens are timed as they reach a streamer."""
 
-    def __init__(self, model: str, **properties):
+    def __init__(self, model: str, dtype: str = "bfloat16", **properties):
         import numpy
         import openvino
         import openvino_genai
 
         self.numpy, self.openvino, self.genai = numpy, openvino, openvino_genai
-        defaults = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS}
+        precision = {"bfloat16": "bf16", "float32": "f32"}[dtype]
+        defaults = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
+        defaults |= {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS}
         self.pipeline = openvino_genai.LLMPipeline(model, "CPU", **defaults | properties)
         with open(os.path.join(model, "config.json")) as file:
             self.vocab_size = json.load(file)["vocab_size"]
@@ -231,5 +263,7 @@ def serve(engine: str, model: str, options: dict) -> None:
 
 
 if __name__ == "__main__":
+    if "POP_BENCH_PARENT" in os.environ:
+        die_with(int(os.environ["POP_BENCH_PARENT"]))
     sys.path[0] = os.path.dirname(sys.path[0])  # the repository, for pop_ext where it is not installed
     serve(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]) if len(sys.argv) > 3 else {})

@@ -27,7 +27,7 @@ def full_pass(folder: Path, tokens: int) -> float:
     import torch
 
     import pop_ext
-    from pop_ext.calibration import BATCH, WINDOW
+    from pop_ext.analysis.calibration import BATCH, WINDOW
 
     model = pop_ext.load(folder)
     windows = torch.randint(model.spec.vocab_size, (tokens // WINDOW, WINDOW)).tolist()
@@ -49,7 +49,7 @@ def show(title: str, rows: list[dict], exact: bool = False) -> None:
     print(row(header), row(["---"] * len(header)), sep="\n")
     for r in rows:
         cells = [r["prompt_tokens"], r["prefill_depth"], r["method"]]
-        cells += [f"{r['kl']:.4f} ({r['kl_interval'][0]:.4f} to {r['kl_interval'][1]:.4f})", f"{r['perplexity']:.2f}"]
+        cells += [f"{r['kl']:.4f} ({r['kl_ci95'][0]:.4f} to {r['kl_ci95'][1]:.4f})", f"{r['perplexity']:.2f}"]
         cells += [f"{r['top1_agreement']:.1%}", *([f"{r['exact_answers']:.0%}"] if exact else [])]
         print(row([*cells, f"{r['prefill_seconds']:.3f} s"]))
     sys.stdout.flush()
@@ -80,13 +80,13 @@ def main() -> None:
         common = ("evaluate", arguments.model, *depths, "--calibration", file, "--text", arguments.text, "--json")
         results = {"methods": json.loads(pop(*common))}
         show("Methods", results["methods"])
-        methods = ("--method", "pop_own", "--method", "pop_calibrated")
+        methods = ("--method", "pop_uncalibrated", "--method", "pop_calibrated")
         lengths = [x for length in CONTEXTS for x in ("--prompt-tokens", length)]
         results["contexts"] = json.loads(pop(*common, *methods, *lengths, "--prompts", 8))
         show("Context length, 8 prompts each", results["contexts"])
-        for planted in ("retrieval", "copying"):
-            results[planted] = json.loads(pop(*common, *methods, "--planted", planted))
-            show(f"{planted.capitalize()} from the prompt", results[planted], exact=True)
+        for task in ("retrieval", "copying"):
+            results[task] = json.loads(pop(*common, *methods, "--synthetic-task", task))
+            show(f"{task.capitalize()} from the prompt", results[task], exact=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -3,31 +3,35 @@
 Makes what it needs under build/, once: an environment of its own (OpenVINO wants other versions than ours), and the
 model exported by optimum-intel, in the dtype that its folder has. The configuration is the fastest of those measured on
 two AVX-512 bf16 cores: the paged-attention backend (its default; the other is slower at 2,048 tokens), multiplications
-and key/value cache in bf16. Its default, an 8-bit cache, was no faster in prefill or decode; weights stored in fp32,
-fp16 or bf16 all become bf16 when it loads them.
+and key/value cache in bf16 (in fp32 where the processor has no bf16 instructions). Its default, an 8-bit cache, was no
+faster in prefill or decode; weights stored in fp32, fp16 or bf16 all become bf16 when it loads them.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
-from prefill import ROOT, Peer, arguments, main
+from prefill import ROOT, Peer, arguments, main  # first: it puts the repository on the path
+
+from bench.engines import die_with  # isort: skip
 from rich.console import Console
 
-from pop_ext.checkpoint import resolve_folder
+from pop_ext.checkpoints.files import resolve_folder
 
 # torch first: the packages that need it then keep this build
 TORCH = "torch==2.13.0"
 PACKAGES = ["openvino==2026.4.1", "openvino-genai==2026.4.1.0", "optimum-intel==2.2.0"]
 ENVIRONMENT = ROOT / "build" / "peers-venv"
-OPENVINO_OPTIONS = {"ATTENTION_BACKEND": "PA", "KV_CACHE_PRECISION": "bf16"}
+OPENVINO_OPTIONS = {"ATTENTION_BACKEND": "PA"}
 
 
 def run(*command: str) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
+    parent = os.getpid()
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: die_with(parent))
     if result.returncode:
         sys.exit(f"error: {' '.join(command[:4])} failed:\n{result.stderr[-2000:]}")
 

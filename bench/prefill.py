@@ -1,27 +1,29 @@
 """Prompt and decode speed, ours and others': `python bench/prefill.py MODEL [--json]`.
 
-Every engine runs in a process of its own (bench/engines.py) on two threads in bf16, writes a key/value cache, and
-computes the last prompt token's logits; one runs at a time. Rounds are interleaved: in each, the machine's yardsticks
-are taken and every engine runs every prompt length once, in an order that turns from round to round. Ratios are taken
-within a round; what is reported are medians over the rounds.
+Every engine runs in a process of its own (bench/engines.py) on two threads, writes a key/value cache, and computes the
+last prompt token's logits; one runs at a time. "pop" runs in bf16, the others in the dtype that torch multiplies faster
+in here: bf16, or fp32 where the processor has no instructions for bf16. Rounds are interleaved: in each, the machine's
+yardsticks are taken and every engine runs every prompt length once, in an order that turns from round to round. Ratios
+are taken within a round; what is reported are medians over the rounds.
 
 A line of the result (an object of the list that --json prints) is one engine with one prompt length:
 
+    dtype                      of the engine's weights and multiplications
     engine, prefill_depth      "pop" is this project; prefill_depth layers run for all prompt tokens
     prompt_tokens              n
     tokens_per_second          n over the time to the last token's logits; tokens_per_second_range is [slowest, fastest]
     limit_share                of the limit: the plain model's multiplications, with one token's logits, at the rate of
-                               a large bf16 GEMM. One limit for all engines and depths: truncation can pass 1
+                               a large GEMM in the faster dtype. One limit for all lines: truncation can pass 1
     gemm_share                 of the GEMM's rate, by the multiplications that "pop" does at this depth
     relative                   tokens_per_second over that of "pop" at full depth
     predicted_relative         the same by counting multiplications (of "pop")
     stages_seconds             the time of each stage (of "pop")
     decode_context_tokens      n: decoding goes on from the prompt
     decode_tokens_per_second   of one sequence, greedily
-    decode_bandwidth_share     bytes of bf16 weights per second, over the machine's rate of reading memory
+    decode_bandwidth_share     bytes of weights per second, over the machine's rate of reading memory
     other_load                 processors that other programs kept busy meanwhile (mean). Above 0.1, absolute numbers
                                mean little; --patience repeats such samples
-    limit_tokens_per_second, gemm_gigaflops, read_gigabytes_per_second     the yardsticks of these rounds
+    gemm_dtype, limit_tokens_per_second, gemm_gigaflops, read_gigabytes_per_second     the yardsticks of these rounds
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -46,8 +48,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.engines import THREADS  # noqa: E402
-from pop_ext.checkpoint import load_config, resolve_folder  # noqa: E402
-from pop_ext.families import ModelSpec  # noqa: E402
+from pop_ext.checkpoints.config import load_config  # noqa: E402
+from pop_ext.checkpoints.families import ModelSpec  # noqa: E402
+from pop_ext.checkpoints.files import resolve_folder  # noqa: E402
 
 # Counting
 
@@ -91,9 +94,11 @@ def pop_multiplications(spec: ModelSpec, tokens: int, depth: int) -> int:
     return total
 
 
-def decode_bytes(spec: ModelSpec) -> int:
-    """Bytes of bf16 weights that one token reads: every layer and the vocabulary projection."""
-    return 2 * (spec.num_layers * (_query_and_mlp(spec) + _keys_and_values(spec)) + spec.vocab_size * spec.hidden_size)
+def decode_bytes(spec: ModelSpec, weight_bytes: int = 2) -> int:
+    """Bytes of weights that one token reads: every layer and the vocabulary projection."""
+    return weight_bytes * (
+        spec.num_layers * (_query_and_mlp(spec) + _keys_and_values(spec)) + spec.vocab_size * spec.hidden_size
+    )
 
 
 # Running
@@ -121,6 +126,7 @@ class Worker:
         command = [python, str(ROOT / "bench" / "engines.py"), engine, model, json.dumps(options)]
         # torch's own compile cache spares later runs the minutes of compiling
         defaults = {"OMP_NUM_THREADS": str(THREADS), "TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "inductor")}
+        defaults["POP_BENCH_PARENT"] = str(os.getpid())  # the worker ends with this process
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -195,6 +201,7 @@ class Contender:
 
     engine: str
     prefill_depth: int
+    dtype: str
     worker: Worker
     arguments: dict
     samples: dict[int, list[dict]] = field(default_factory=dict)
@@ -228,10 +235,12 @@ def compare(
 
     try:
         machine = start(Peer("machine", str(folder)))
+        dtype = machine.run()["dtype"]
         pop = start(Peer("pop", str(folder)))
-        contenders = [Contender("pop", depth, pop, {"prefill_depth": depth}) for depth in depths]
-        contenders += [Contender(p.engine, layers, start(p), {}) for p in peers]
-        machine.run()
+        contenders = [Contender("pop", depth, "bfloat16", pop, {"prefill_depth": depth}) for depth in depths]
+        for peer in peers:
+            worker = start(replace(peer, options={"dtype": dtype} | peer.options))
+            contenders.append(Contender(peer.engine, layers, dtype, worker, {}))
         for contender in contenders:  # twice: caches warm and compilers done, for every length
             for count in 2 * prompt_tokens:
                 say(f"warming up {contender.engine} with {count} tokens")
@@ -261,9 +270,11 @@ def compare(
         for c in contenders:
             samples, rate = c.samples[count], rates[id(c)]
             decode = [scale * decode_tokens / s[f"decode_{kind}"] for s in samples]
+            weights = decode_bytes(spec, 2 if c.dtype == "bfloat16" else 4)
             line = {
                 "engine": c.engine,
                 "prefill_depth": c.prefill_depth,
+                "dtype": c.dtype,
                 "prompt_tokens": count,
                 "tokens_per_second": median(rate),
                 "tokens_per_second_range": [min(rate), max(rate)],
@@ -271,8 +282,9 @@ def compare(
                 "relative": median(map(float.__truediv__, rate, full)),
                 "decode_context_tokens": count,
                 "decode_tokens_per_second": median(decode),
-                "decode_bandwidth_share": decode_bytes(spec) * median(map(float.__truediv__, decode, bandwidth)),
+                "decode_bandwidth_share": weights * median(map(float.__truediv__, decode, bandwidth)),
                 "other_load": mean(s["other_load"] for s in [*samples, *yardsticks]),
+                "gemm_dtype": dtype,
                 "limit_tokens_per_second": median(limits),
                 "gemm_gigaflops": 2e-9 * median(gemm),
                 "read_gigabytes_per_second": 1e-9 * median(bandwidth),
@@ -292,15 +304,16 @@ def compare(
 def show(lines: list[dict], console: Console, processor_time: bool = False) -> None:
     gemm, memory = (lines[0][key] for key in ("gemm_gigaflops", "read_gigabytes_per_second"))
     load = mean(line["other_load"] for line in lines)
-    title = f"bf16, {THREADS} threads; large GEMM {gemm:.0f} GFLOP/s, memory {memory:.1f} GB/s"
+    title = f"{THREADS} threads; large GEMM ({lines[0]['gemm_dtype']}) {gemm:.0f} GFLOP/s, memory {memory:.1f} GB/s"
     caption = f"by {'processor' if processor_time else 'wall'} time; others kept {load:.2f} processors busy"
     table = Table(title=title, caption=caption)
-    for column in ("engine", "depth", "prompt", "tokens/s", "range", "limit", "pop", "decode", "memory"):
-        table.add_column(column, justify="left" if column == "engine" else "right", no_wrap=True)
+    for column in ("engine", "dtype", "depth", "prompt", "tokens/s", "range", "limit", "pop", "decode", "memory"):
+        table.add_column(column, justify="left" if column in ("engine", "dtype") else "right", no_wrap=True)
     for i, line in enumerate(lines):
         slow, fast = line["tokens_per_second_range"]
         table.add_row(
             line["engine"],
+            line["dtype"],
             str(line["prefill_depth"]),
             str(line["prompt_tokens"]),
             f"{line['tokens_per_second']:.0f}",

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 import pop_ext
-from pop_ext.calibration import WINDOW, calibrate
-from pop_ext.evaluation import evaluate, time_prefill
-from pop_ext.refinement import refine
-from pop_ext.text import encode, read_text, windows
+from pop_ext.analysis.calibration import WINDOW, calibrate
+from pop_ext.analysis.evaluation import evaluate, time_prefill
+from pop_ext.analysis.refinement import refine
+from pop_ext.analysis.text import encode, read_text, windows
 
 TOKENS, PROMPTS, PROMPT, CONTINUATION = 50_000, 32, 384, 64
 LONG, ROUNDS = 2048, 9
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
 
-    model = pop_ext.load(arguments.model, max_tokens=4 * LONG)
+    model = pop_ext.load(arguments.model, max_cache_tokens=4 * LONG)
     given = arguments.prefill_depth
-    depth, size = model.layers_kept(float(given) if "." in given else int(given)), model.spec.hidden_size
+    depth, size = model.resolve_prefill_depth(float(given) if "." in given else int(given)), model.spec.hidden_size
     ranks = sorted({0, *([16, 64, size] if arguments.rank is None else arguments.rank)})
     bos, tokens = encode(model.tokenizer, read_text(arguments.text))
     head, rest = (model.tokenizer.decode(part) for part in (tokens[:TOKENS], tokens[TOKENS + TOKENS // 5 :]))
@@ -58,10 +58,10 @@ def main() -> None:
     def score(name: str, depth: int, calibration, seconds: float) -> None:
         variant = copy.copy(model)
         variant.calibration = calibration
-        method = "pop_own" if calibration is None else "pop_calibrated"
+        method = "pop_uncalibrated" if calibration is None else "pop_calibrated"
         fidelity = evaluate(variant, prompts, continuations, [depth], [method])[1]
         row = {"projections": name, "prefill_depth": depth, "seconds": seconds}
-        rows.append(row | {"kl": fidelity.kl, "kl_interval": fidelity.kl_interval, "perplexity": fidelity.perplexity})
+        rows.append(row | {"kl": fidelity.kl, "kl_ci95": fidelity.kl_ci95, "perplexity": fidelity.perplexity})
         variants.append((variant, depth))
         console.print(f"{name} at {depth}: {fidelity.kl:.4f} nats a token", highlight=False)
 
@@ -93,7 +93,7 @@ def main() -> None:
     for column in ("projections", "prefill depth", "KL, nats a token (95%)", "perplexity", "prefill time", "made in"):
         table.add_column(column)
     for row in rows:
-        low, high = row["kl_interval"]
+        low, high = row["kl_ci95"]
         cells = [row["projections"], f"{row['prefill_depth']} of {model.spec.num_layers}"]
         cells += [f"{row['kl']:.4f} ({low:.4f} to {high:.4f})", f"{row['perplexity']:.2f}"]
         table.add_row(*cells, f"{row['prefill_ratio']:.3f}", f"{row['seconds'] / 60:.1f} min")

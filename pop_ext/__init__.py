@@ -9,12 +9,12 @@ from .ops import build_info, cpu_isa, cpu_isas, set_cpu_isa
 # What brings transformers along is imported when it is asked for, so that `torch.ops.pop` and `pop --help` do not wait
 # for it.
 _LAZY = {
-    "CacheFullError": "kv_cache",
-    "CalibrationError": "calibration",
-    "CheckpointError": "checkpoint",
-    "Model": "model",
-    "StageTimes": "model",
-    "load": "model",
+    "CacheFullError": "runtime.kv_cache",
+    "CalibrationError": "checkpoints.calibration",
+    "CheckpointError": "checkpoints.files",
+    "Model": "runtime.generation",
+    "StageTimes": "runtime.model",
+    "load": "runtime.loading",
 }
 
 __all__ = [

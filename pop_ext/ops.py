@@ -7,8 +7,8 @@ hidden size, Hq and Hkv heads, E head size, F intermediate size, S sequences.
 Activations, weights and caches are all of one dtype, float32 or bfloat16 on the CPU, bfloat16 or float16 on CUDA; sums,
 softmax, gains, cos and sin are float32. The last dimension of every tensor is contiguous. On CUDA, rows start at
 multiples of 16 bytes, hidden sizes are multiples of 8, and heads have 32, 64, 128 or 256 elements; what index tensors
-(slots, block_tables, query_starts, context_lens, rope_index) hold is not looked at there, as that would wait for the
-device. Bad arguments raise RuntimeError naming the argument, what it was and what was expected.
+(slot_mapping, block_tables, cu_seqlens_q, seqlens_k, rope_index) hold is not looked at there, as that would wait for
+the device. Bad arguments raise RuntimeError naming the argument, what it was and what was expected.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def qkv_project(
     eps: float,
     cos: Tensor,
     sin: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
 ) -> Tensor:
@@ -151,9 +151,9 @@ def qkv_project(
     the cache.
 
     x [T, D], normed; weight [(Hq + 2 Hkv) E, D], rows of all q, then k, then v heads; bias [(Hq + 2 Hkv) E]; q_norm,
-    k_norm [E] float32; cos, sin [T, E / 2] float32, rotate-half convention (Su et al., arXiv 2104.09864); slots [T]
-    int64, token t goes to offset slots[t] % block_size of block slots[t] // block_size, -1 is not written; key_cache,
-    value_cache [blocks, block_size, Hkv, E]. Returns the queries, [T, Hq, E].
+    k_norm [E] float32; cos, sin [T, E / 2] float32, rotate-half convention (Su et al., arXiv 2104.09864);
+    slot_mapping [T] int64, token t goes to offset slot_mapping[t] % block_size of block slot_mapping[t] // block_size,
+    -1 is not written; key_cache, value_cache [blocks, block_size, Hkv, E]. Returns the queries, [T, Hq, E].
     """
     head_size = key_cache.shape[3]
     return x.new_empty((x.shape[0], weight.shape[0] // head_size - 2 * key_cache.shape[2], head_size))
@@ -165,21 +165,21 @@ def attention(
     key_cache: Tensor,
     value_cache: Tensor,
     block_tables: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    max_query_len: int,
-    max_context_len: int,
-    scale: float,
-    window: int = 0,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    window_size: int = 0,
     spans: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention over the paged cache: prefill, a chunk of it, boundary tokens and decode alike.
 
     query [T, Hq, E]; key_cache, value_cache [blocks, block_size, Hkv, E]; block_tables [S, blocks of a sequence] int32;
-    query_starts [S + 1] int32, sequence s has the queries query_starts[s] to query_starts[s + 1], which are the last of
-    its context_lens[s] (int32, [S]) tokens. Query i of a context sees key j iff (j <= i or spans[s, i] == spans[s, j]
-    >= 0) and (window == 0 or j > i - window); spans [S, >= max_context_len] int32 is a group id per context token, -1
-    for text. Returns [T, Hq, E].
+    cu_seqlens_q [S + 1] int32, sequence s has the queries cu_seqlens_q[s] to cu_seqlens_q[s + 1], which are the last of
+    its seqlens_k[s] (int32, [S]) tokens. Query i of a context sees key j iff (j <= i or spans[s, i] == spans[s, j]
+    >= 0) and (window_size == 0 or j > i - window_size); spans [S, >= max_seqlen_k] int32 is a group id per context
+    token, -1 for text. Returns [T, Hq, E].
     """
     return query.new_empty(query.shape)
 
@@ -194,7 +194,7 @@ def project_kv(
     cos: Tensor,
     sin: Tensor,
     rope_index: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     key_caches: Tensor,
     value_caches: Tensor,
 ) -> None:
@@ -202,6 +202,6 @@ def project_kv(
 
     hidden [T, D], not normed; weight [R, 2 Hkv E, D], each layer's k rows then v rows with its input norm's gain folded
     in; bias [R, 2 Hkv E]; k_norm [R, E] float32; cos, sin [ropes, T, E / 2] float32, of which layer r uses
-    rope_index[r] (int32, [R]); slots [T] int64, -1 is not written; key_caches, value_caches [R, blocks, block_size,
-    Hkv, E].
+    rope_index[r] (int32, [R]); slot_mapping [T] int64, -1 is not written; key_caches, value_caches [R, blocks,
+    block_size, Hkv, E].
     """

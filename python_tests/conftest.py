@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,14 @@ def real(request) -> Path:
 
 
 # Instruction sets of the CPU operations.
+
+
+def pytest_configure(config):
+    """POP_CPU_ISA: the instruction set of tests that do not name one, instead of this machine's best."""
+    if name := os.environ.get("POP_CPU_ISA"):
+        from pop_ext import ops
+
+        ops.set_cpu_isa(name)
 
 
 def pytest_generate_tests(metafunc):

@@ -178,14 +178,14 @@ def model_gguf(name: str, folder: Path) -> Path:
 
 def real_model(name: str) -> Path:
     """The folder of a real model, converted from its package on first use; skips where the package is missing."""
-    from pop_ext import checkpoint
+    from pop_ext.checkpoints import gguf
 
     models = Path(os.environ.get("POP_MODELS", ROOT / "build" / "models"))
     folder = models / name
     if not (folder / "config.json").exists():
         models.mkdir(parents=True, exist_ok=True)
         gguf = model_gguf(name, models)
-        checkpoint.convert_gguf(gguf, folder)
+        gguf.convert_gguf(gguf, folder)
         if gguf.is_relative_to(models):
             gguf.unlink()  # assembled here from parts
     return folder
@@ -222,7 +222,9 @@ def cuda_operations():
     """torch.ops.pop's CUDA kernels for CPU tensors: on the GPU where there is one, else on the software device; skips
     where they were not built.
     """
-    from pop_ext import emulator, ops
+    import ptx_emulator as emulator
+
+    from pop_ext import ops
 
     if not ops.CUDA_LIBRARY.exists():
         pytest.skip(f"{ops.CUDA_LIBRARY} is not there: pop_ext was built without nvcc or the package nvidia-cutlass")

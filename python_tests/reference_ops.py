@@ -49,7 +49,7 @@ def gated_linear(x, gate_up_weight, activation, *, dtype=DTYPE):
     return act[activation](gate) * up
 
 
-def qkv_project(x, weight, bias, q_norm, k_norm, eps, cos, sin, slots, key_cache, value_cache, *, dtype=DTYPE):
+def qkv_project(x, weight, bias, q_norm, k_norm, eps, cos, sin, slot_mapping, key_cache, value_cache, *, dtype=DTYPE):
     kv_heads, head_dim = key_cache.shape[2:]
     y = linear(x, weight, bias, dtype=dtype).unflatten(-1, (-1, head_dim))
     query, key, value = y.split([y.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
@@ -57,8 +57,8 @@ def qkv_project(x, weight, bias, q_norm, k_norm, eps, cos, sin, slots, key_cache
         query = _norm(query, eps) * q_norm.to(dtype)
     if k_norm is not None:
         key = _norm(key, eps) * k_norm.to(dtype)
-    _write(key_cache, slots, _rotate(key, cos, sin))
-    _write(value_cache, slots, value)
+    _write(key_cache, slot_mapping, _rotate(key, cos, sin))
+    _write(value_cache, slot_mapping, value)
     return _rotate(query, cos, sin)
 
 
@@ -67,12 +67,12 @@ def attention(
     key_cache,
     value_cache,
     block_tables,
-    query_starts,
-    context_lens,
-    max_query_len,
-    max_context_len,
-    scale,
-    window=0,
+    cu_seqlens_q,
+    seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale,
+    window_size=0,
     spans=None,
     *,
     dtype=DTYPE,
@@ -80,8 +80,8 @@ def attention(
     block_size = key_cache.shape[1]
     group = query.shape[1] // key_cache.shape[2]
     out = torch.zeros(query.shape, dtype=dtype)
-    starts = query_starts.tolist()
-    for s, context in enumerate(context_lens.tolist()):
+    starts = cu_seqlens_q.tolist()
+    for s, context in enumerate(seqlens_k.tolist()):
         rows = slice(starts[s], starts[s + 1])
         n = starts[s + 1] - starts[s]
         if n == 0:
@@ -95,16 +95,16 @@ def attention(
         if spans is not None:
             ids = spans[s, :context]
             visible |= (ids[i] == ids[j]) & (ids[i] >= 0)
-        if window > 0:
-            visible &= j > i - window
-        scores = torch.einsum("qhe,khe->hqk", query[rows].to(dtype), key) * scale
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        out[rows] = torch.einsum("hqk,khe->qhe", weights, value)
+        if window_size > 0:
+            visible &= j > i - window_size
+        scores = torch.einsum("qhe,khe->hqk", query[rows].to(dtype), key) * softmax_scale
+        probs = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        out[rows] = torch.einsum("hqk,khe->qhe", probs, value)
     return out
 
 
 def project_kv(
-    hidden, weight, bias, k_norm, eps, cos, sin, rope_index, slots, key_caches, value_caches, *, dtype=DTYPE
+    hidden, weight, bias, k_norm, eps, cos, sin, rope_index, slot_mapping, key_caches, value_caches, *, dtype=DTYPE
 ):
     kv_heads, head_dim = key_caches.shape[3:]
     x = _norm(hidden.to(dtype), eps)
@@ -114,5 +114,5 @@ def project_kv(
         if k_norm is not None:
             key = _norm(key, eps) * k_norm[r].to(dtype)
         rope = int(rope_index[r])
-        _write(key_caches[r], slots, _rotate(key, cos[rope], sin[rope]))
-        _write(value_caches[r], slots, value)
+        _write(key_caches[r], slot_mapping, _rotate(key, cos[rope], sin[rope]))
+        _write(value_caches[r], slot_mapping, value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import prefill  # noqa: E402
 
-from pop_ext.families import ModelSpec  # noqa: E402
+from pop_ext.checkpoints.families import ModelSpec  # noqa: E402
 
 SMOLLM2 = transformers.LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -68,6 +70,7 @@ def test_json_lines(folder):
     assert [(line["engine"], line["prefill_depth"], line["prompt_tokens"]) for line in lines] == [
         (engine, depth, tokens) for tokens in (8, 33) for engine, depth in [("pop", 4), ("pop", 3), ("transformers", 4)]
     ]
+    assert all(line["dtype"] == ("bfloat16" if line["engine"] == "pop" else line["gemm_dtype"]) for line in lines)
     for line in lines:
         numbers = "tokens_per_second", "limit_share", "relative", "decode_tokens_per_second", "decode_bandwidth_share"
         assert all(line[key] > 0 for key in numbers)
@@ -77,6 +80,56 @@ def test_json_lines(folder):
         assert line["decode_context_tokens"] == line["prompt_tokens"]
         assert ("predicted_relative" in line) == (line["engine"] == "pop")
     assert all(line["relative"] == 1 for line in lines if line["engine"] == "pop" and line["prefill_depth"] == 4)
+
+
+# As torch sees a processor whose instructions end with AVX2.
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
+
+def test_yardstick_without_bf16_instructions(folder):
+    """It multiplies in float32 there: in bfloat16 it would take minutes."""
+    worker = prefill.Worker("machine", str(folder), {}, sys.executable, AVX2)
+    try:
+        answer = worker.run()
+    finally:
+        worker.close()
+    assert answer["dtype"] == "float32"
+    assert 4096**3 / answer["multiplications_per_second"] < 60
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+BUSY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import prefill
+worker = prefill.Worker("transformers", sys.argv[2], {}, sys.executable, {})
+print(worker.process.pid, flush=True)
+worker.run(prompt_tokens=4, decode_tokens=10**8)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_benchmark_leaves_no_worker(folder, number):
+    command = [sys.executable, "-c", BUSY, str(ROOT / "bench"), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        worker = int(process.stdout.readline())
+        time.sleep(0.5)
+        assert running(worker)
+        process.send_signal(number)
+        assert process.wait(20) != 0
+    end = time.monotonic() + 20
+    while running(worker) and time.monotonic() < end:
+        time.sleep(0.05)
+    left = running(worker)
+    if left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
 
 
 def test_worker_failures_name_their_cause(folder):
@@ -128,7 +181,7 @@ KERNELS = "rms_norm", "linear", "gated_linear", "qkv_project", "attention", "pro
 @pytest.fixture(scope="module")
 def run_kernel():
     """Runs one of the programs, which are built with what pip built, and returns the finished process."""
-    from pop_ext import emulator
+    import ptx_emulator as emulator
 
     try:
         device = emulator.library_path()

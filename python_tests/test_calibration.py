@@ -15,8 +15,9 @@ from test_cli import pop
 from test_generation import make_chat_folder
 
 import pop_ext
-from pop_ext import calibration, refinement
-from pop_ext import text as texts
+from pop_ext.analysis import calibration, refinement
+from pop_ext.analysis import text as texts
+from pop_ext.checkpoints import calibration as calibration_files
 
 
 def random_windows(count: int, length: int, seed: int = 0, vocabulary: int = 293) -> list[list[int]]:
@@ -35,7 +36,7 @@ def mean_kl(model, windows, prompt: int, depth: int) -> float:
 
 
 def moments_of(layers, x, y):
-    moments = calibration.Moments(layers, x.shape[1], y.shape[1])
+    moments = calibration.NormalEquations(layers, x.shape[1], y.shape[1])
     moments.add_inputs(x.double())
     for layer in layers:
         moments.add_targets(layer, x.double(), y.double())
@@ -74,7 +75,7 @@ def test_features_are_what_the_token_before_tells():
     now, before = torch.randn(900, 20).double(), torch.randn(900, 20).double() + 3
     x = torch.cat([now, before + now @ torch.randn(20, 20).double()], 1)
     y = now @ torch.randn(20, 8).double() + x[:, 20:] @ torch.randn(20, 3).double() @ torch.randn(3, 8).double()
-    moments = calibration.Moments(range(2), 40, 16)
+    moments = calibration.NormalEquations(range(2), 40, 16)
     moments.add_inputs(x)
     for layer in range(2):
         moments.add_targets(layer, x, torch.cat([y * (1 + layer), torch.randn(900, 8).double()], 1))
@@ -283,7 +284,9 @@ def test_one_pass_over_blocks_is_the_runner(tiny, boundary, anchors, rank):
     with torch.no_grad():
         logits = deep.logits(deep(before[None], projection, starts)[0])
     projection = (projection * calibration.column_scale(size, rank)).float()
-    model.calibration = calibration.Calibration({depth: projection}, {depth: features * calibration.FEATURE_SCALE}, {})
+    model.calibration = calibration_files.Calibration(
+        {depth: projection}, {depth: features * calibration.FEATURE_SCALE}, {}
+    )
     for start in (25, 50):
         prompt, end = start + boundary, min(start + 25, 60)
         expected = model.logits([window[:prompt]], [window[prompt:end]], prefill_depth=depth)[0]
@@ -316,7 +319,7 @@ def test_refinement_lowers_kl_and_resumes(tmp_path_factory, tmp_path, monkeypatc
     start.save(saved)
 
     def fresh():
-        return calibration.Calibration.load(saved, model.spec, torch.float32)
+        return calibration_files.Calibration.load(saved, model.spec, torch.float32)
 
     once = fresh()
     refinement.refine(model, once, windows, steps, seed=3)
@@ -392,7 +395,9 @@ def test_command_without_text(chat_folder, tmp_path, monkeypatch):
     time.sleep(0.01)
     second = pop(*options)
     assert second.exit_code == 0 and cached.stat().st_mtime_ns == written
-    tensors = [calibration.Calibration.load(path, pop_ext.load(chat_folder).spec, torch.float32) for path in (output,)]
+    tensors = [
+        calibration_files.Calibration.load(path, pop_ext.load(chat_folder).spec, torch.float32) for path in (output,)
+    ]
     assert tensors[0].depths == [3] and len(output.read_bytes()) == pytest.approx(len(data), abs=64)
 
 
@@ -435,7 +440,7 @@ def test_boundary_and_anchor_reach_calibration(chat_folder, tmp_path, monkeypatc
         assert result.exit_code == 0, result.stderr
         provenance = json.loads(result.stdout)
         assert provenance["anchor_tokens"] == anchors and provenance["boundary_tokens"] == 3
-        files.append(calibration.Calibration.load(output, pop_ext.load(chat_folder).spec, torch.float32).at(3)[0])
+        files.append(calibration_files.Calibration.load(output, pop_ext.load(chat_folder).spec, torch.float32).at(3)[0])
     assert seen == [3, 3, 3]
     # anchors are left out of the fit
     assert not torch.equal(files[0], files[1]) and not torch.equal(files[1], files[2])
@@ -501,7 +506,7 @@ def test_a_failure_leaves_the_file_that_was_there(chat_folder, tmp_path, monkeyp
             file.write(b"half of it")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(calibration, "save_file", full_disk)
+    monkeypatch.setattr(calibration_files, "save_file", full_disk)
     failed = pop("calibrate", chat_folder, "--prefill-depth", 3, "--text", text, "--output", output)
     assert failed.exit_code == 1 and "No space left" in failed.stderr
     assert output.read_bytes() == b"of before"

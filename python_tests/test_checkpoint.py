@@ -14,9 +14,12 @@ from helpers import TINY, model_gguf, real_model, transformers_model
 from safetensors.torch import load_file, save_file
 from vision_models import TINY_VISION
 
-import pop_ext.checkpoint
-from pop_ext.checkpoint import CheckpointError, convert_gguf, load_config, load_weights, resolve_folder
-from pop_ext.families import MODEL_FAMILIES, VISION_FAMILIES, ModelSpec
+import pop_ext
+from pop_ext.checkpoints.config import load_config
+from pop_ext.checkpoints.families import MODEL_FAMILIES, VISION_FAMILIES, ModelSpec
+from pop_ext.checkpoints.files import CheckpointError, resolve_folder
+from pop_ext.checkpoints.gguf import convert_gguf
+from pop_ext.checkpoints.weights import load_weights
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32):
@@ -161,8 +164,9 @@ def test_unaligned_file(folder, padding):
 
 MEASURE = """
 import sys, threading, torch, transformers
-from pop_ext.checkpoint import load_config, load_weights
-from pop_ext.families import ModelSpec
+from pop_ext.checkpoints.config import load_config
+from pop_ext.checkpoints.weights import load_weights
+from pop_ext.checkpoints.families import ModelSpec
 
 def anonymous():
     with open("/proc/self/smaps_rollup") as file:
@@ -644,4 +648,4 @@ def test_every_family_is_tested():
     alone = {entry.config.model_type for entry in TINY.values()}
     assert alone | {VISION_FAMILIES[name] for name in ("qwen3_vl", "gemma3")} == set(MODEL_FAMILIES)  # test_vision.py
     assert set(VISION_FAMILIES) == {"gemma3" if tiny.gemma else "qwen3_vl" for tiny in TINY_VISION.values()}
-    assert pop_ext.checkpoint.CheckpointError is pop_ext.CheckpointError
+    assert CheckpointError is pop_ext.CheckpointError

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import pop_ext
 from pop_ext import cli
+from pop_ext.runtime.prefill_depth import parse_depth
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_prompt_from_file_and_standard_input(folder, tmp_path):
 
 @pytest.mark.parametrize("text, depth", [("1", 1), ("1.0", 1.0), ("4", 4), ("0.5", 0.5), (" 3 ", 3), ("-2", -2)])
 def test_prefill_depth_keeps_its_type(text, depth):
-    parsed = cli.parse_depth(text)
+    parsed = parse_depth(text)
     assert parsed == depth and type(parsed) is type(depth)
 
 
@@ -88,11 +89,11 @@ def test_options_reach_the_model(folder, monkeypatch):
     monkeypatch.setattr(pop_ext, "load", lambda path, **options: seen.update(options) or load(path, **options))
     result = pop(
         "generate", folder, "--prompt", "a", "--prefill-depth", "0.5", "--boundary-tokens", 3, "--anchor-tokens", 0,
-        "--max-tokens", 640, "--dtype", "float32", "--max-new-tokens", 2,
+        "--max-cache-tokens", 640, "--dtype", "float32", "--max-new-tokens", 2,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert seen == {
-        "prefill_depth": 0.5, "boundary_tokens": 3, "anchor_tokens": 0, "max_tokens": 640, "dtype": torch.float32,
+        "prefill_depth": 0.5, "boundary_tokens": 3, "anchor_tokens": 0, "max_cache_tokens": 640, "dtype": torch.float32,
         "calibration": None,
     }  # fmt: skip
 
@@ -123,7 +124,7 @@ def test_sampling(folder):
         (("--prompt", "a", "--boundary-tokens", "0"), "boundary_tokens"),
         (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens"),
         (("--prompt", "a", "--temperature", "-1"), "temperature"),
-        (("--prompt", "a" * 100, "--max-tokens", "64"), "cache is full"),
+        (("--prompt", "a" * 100, "--max-cache-tokens", "64"), "cache is full"),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import zlib
 
+import ptx_emulator as emulator
 import pytest
 import reference_ops
 import test_ops
@@ -41,7 +42,6 @@ from test_ops import (
 )
 
 import pop_ext.ops
-from pop_ext import emulator
 
 BOUND = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 C = 0.05  # c for one multiplication
@@ -236,7 +236,7 @@ def test_qkv_project_elements(dtype, head_size, order):
         sums = reference_ops.linear(x, weight, bias).unflatten(1, (-1, head_size))
         size = reference_ops.linear(x.abs(), weight.abs(), bias.abs()).unflatten(1, (-1, head_size))
         assert_elements(y, query, magnitudes(sums[:, :4], size[:, :4], a["q_norm"], a["cos"], a["sin"]))
-        kept, slots = a["slots"] >= 0, a["slots"][a["slots"] >= 0]
+        kept, slots = a["slot_mapping"] >= 0, a["slot_mapping"][a["slot_mapping"] >= 0]
         keys, values = (c.flatten(0, 1)[slots] for c in (a["key_cache"], a["value_cache"]))
         expected = [c.flatten(0, 1)[slots] for c in caches]
         size_of_keys = magnitudes(sums[:, 4:6], size[:, 4:6], a["k_norm"], a["cos"], a["sin"])
@@ -255,7 +255,7 @@ def test_project_kv_elements(dtype, head_size, order):
         reference_ops.project_kv(**{**a, "key_caches": caches[0], "value_caches": caches[1]})
         test_ops.ops.project_kv(*a.values())
         scale = torch.rsqrt(a["hidden"].double().pow(2).mean(1, keepdim=True) + EPS)
-        kept, slots = a["slots"] >= 0, a["slots"][a["slots"] >= 0]
+        kept, slots = a["slot_mapping"] >= 0, a["slot_mapping"][a["slot_mapping"] >= 0]
         for r in range(3):
             x, weight, bias, rope = a["hidden"].double() * scale, a["weight"][r], a["bias"][r], int(a["rope_index"][r])
             sums = reference_ops.linear(x, weight, bias).unflatten(1, (-1, head_size))
@@ -273,16 +273,16 @@ def test_project_kv_elements(dtype, head_size, order):
 
 @DTYPES
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-@pytest.mark.parametrize("window", [0, 1, 9, 40])
-def test_attention(dtype, head_size, window):
+@pytest.mark.parametrize("window_size", [0, 1, 9, 40])
+def test_attention(dtype, head_size, window_size):
     for heads, kv_heads in [(1, 1), (9, 3), (5, 1)]:
-        check_attention(BATCH, heads, kv_heads, head_size, dtype, window=window, strided=heads == 9)
+        check_attention(BATCH, heads, kv_heads, head_size, dtype, window_size=window_size, strided=heads == 9)
 
 
 @DTYPES
-@pytest.mark.parametrize("window", [0, 21])
-def test_attention_spans(dtype, window):
-    test_ops.test_attention_spans(None, dtype, window)
+@pytest.mark.parametrize("window_size", [0, 21])
+def test_attention_spans(dtype, window_size):
+    test_ops.test_attention_spans(None, dtype, window_size)
 
 
 @DTYPES
@@ -292,10 +292,10 @@ def test_attention_few_queries(dtype, query):
 
 
 @DTYPES
-@pytest.mark.parametrize("window", [0, 512])
-def test_attention_large(dtype, window):
-    check_attention([(300, 1100)], 3, 1, 64, dtype, window=window, block_size=64)
-    check_attention([(1, 4000), (3, 2500), (200, 200)], 4, 1, 256, dtype, window=window, block_size=64)
+@pytest.mark.parametrize("window_size", [0, 512])
+def test_attention_large(dtype, window_size):
+    check_attention([(300, 1100)], 3, 1, 64, dtype, window_size=window_size, block_size=64)
+    check_attention([(1, 4000), (3, 2500), (200, 200)], 4, 1, 256, dtype, window_size=window_size, block_size=64)
 
 
 @DTYPES
@@ -327,13 +327,15 @@ def test_attention_keeps_sequences_apart(dtype):
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)).map(lambda p: (p[0], p[0] + p[1])), max_size=4),
     kv_heads=st.integers(1, 3), group=st.integers(1, 5), head_size=st.sampled_from(HEAD_SIZES),
-    block_size=st.sampled_from([1, 3, 16, 64]), window=st.sampled_from([0, 0, 1, 2, 7, 33, 1000]), images=st.booleans(),
-    strided=st.booleans(), seed=st.integers(0, 99),
+    block_size=st.sampled_from([1, 3, 16, 64]), window_size=st.sampled_from([0, 0, 1, 2, 7, 33, 1000]),
+    images=st.booleans(), strided=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @properties
 @DTYPES
-def test_attention_properties(dtype, lengths, kv_heads, group, head_size, block_size, window, images, strided, seed):
-    form = dict(block_size=block_size, window=window, images=images, strided=strided, seed=seed)
+def test_attention_properties(
+    dtype, lengths, kv_heads, group, head_size, block_size, window_size, images, strided, seed
+):
+    form = dict(block_size=block_size, window_size=window_size, images=images, strided=strided, seed=seed)
     check_attention(lengths, kv_heads * group, kv_heads, head_size, dtype, **form)
 
 

@@ -15,7 +15,7 @@ from test_cli import pop
 from test_generation import make_chat_folder
 
 import pop_ext
-from pop_ext import calibration, evaluation, text
+from pop_ext.analysis import baselines, calibration, evaluation, tasks, text
 
 
 def random_windows(count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -26,7 +26,7 @@ def random_windows(count: int, length: int, seed: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("removed", [[4], [1, 2], [0, 3], [0, 1, 2, 3, 4]])
 def test_removed_layers_are_gone(tiny, removed):
     """Against transformers' model without these modules."""
-    model = evaluation.without_layers(pop_ext.load(tiny, dtype=torch.float32), removed)
+    model = baselines.without_layers(pop_ext.load(tiny, dtype=torch.float32), removed)
     reference = transformers_model(tiny)
     kept = [i for i in range(reference.config.num_hidden_layers) if i not in removed]
     if not kept:
@@ -66,7 +66,7 @@ class ReferenceSpeed(ReferencePOP):
 def test_deep_tokens_only(tiny, boundary, anchors):
     """SPEED's inference against transformers' modules; the windows of some are shorter than the prompt."""
     model = pop_ext.load(tiny, dtype=torch.float32, boundary_tokens=boundary, anchor_tokens=anchors)
-    speed = evaluation.DeepTokensOnly(model)
+    speed = baselines.SpeedBaseline(model)
     speed.chunk_tokens = 13
     (window,) = random_windows(1, 40)
     expected = ReferenceSpeed(transformers_model(tiny, attention="eager"), 2, boundary, anchors).logits(
@@ -80,7 +80,7 @@ def test_deep_tokens_only(tiny, boundary, anchors):
 
 def test_what_layers_are_chosen_by(tiny_llama):
     model, windows = pop_ext.load(tiny_llama, dtype=torch.float32), random_windows(3, 30)
-    influence, angles = evaluation.layer_similarity(model, windows)
+    influence, angles = baselines.layer_similarity(model, windows)
     reference = transformers_model(tiny_llama)
     states = []
     reference.model.layers[-1].register_forward_hook(lambda module, args, output: states.append(output))
@@ -113,8 +113,9 @@ def test_statistics(calibrated):
     prompts, continuations = [w[:30] for w in windows], [w[30:] for w in windows]
     results = evaluation.evaluate(calibrated, prompts, continuations, [3, 4])
     assert [(r.method, r.prefill_depth) for r in results] == [
-        ("full", 6), ("pop_own", 3), ("pop_calibrated", 3), ("last_layers_removed", 3), ("shortgpt", 3), ("gromov", 3),
-        ("speed", 3), ("pop_own", 4), ("last_layers_removed", 4), ("shortgpt", 4), ("gromov", 4), ("speed", 4),
+        ("full", 6), ("pop_uncalibrated", 3), ("pop_calibrated", 3), ("last_layers_removed", 3), ("shortgpt", 3),
+        ("gromov", 3), ("speed", 3), ("pop_uncalibrated", 4), ("last_layers_removed", 4), ("shortgpt", 4),
+        ("gromov", 4), ("speed", 4),
     ]  # fmt: skip
     row = results[2]
     kl, nll, top, first = [], [], [], []
@@ -131,7 +132,7 @@ def test_statistics(calibrated):
     assert row.first_token_kl == pytest.approx(np.mean(first), rel=1e-3)
     assert row.perplexity == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
     assert row.top1_agreement == pytest.approx(np.mean(top))
-    assert row.kl_interval[0] < row.kl < row.kl_interval[1] and row.prefill_seconds > 0
+    assert row.kl_ci95[0] < row.kl < row.kl_ci95[1] and row.prefill_seconds > 0
     assert results[0].kl == 0 and results[0].top1_agreement == 1
     best = min((r for r in results if r.prefill_depth == 3), key=lambda r: r.kl)
     assert best.excess_interval == (0, 0)
@@ -164,17 +165,17 @@ def test_windows_start_as_the_tokenizer_says(tiny_llama, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "copying"])
-def test_planted(kind, tiny_llama, tmp_path_factory):
+def test_synthetic_task(kind, tiny_llama, tmp_path_factory):
     tokenizer = pop_ext.load(make_chat_folder(tiny_llama, tmp_path_factory)).tokenizer
     filler = random_windows(6, 400)
-    prompts, continuations = evaluation.planted(kind, filler, tokenizer, seed=4)
-    assert prompts == evaluation.planted(kind, filler, tokenizer, seed=4)[0]
+    prompts, continuations = tasks.synthetic_task(kind, filler, tokenizer, seed=4)
+    assert prompts == tasks.synthetic_task(kind, filler, tokenizer, seed=4)[0]
     for prompt, continuation, window in zip(prompts, continuations, filler, strict=True):
         assert len(prompt) == 400 and prompt[0] == window[0]
         answer = tokenizer.decode(continuation).strip().rstrip(".")
         assert answer and answer in tokenizer.decode(prompt)
     with pytest.raises(ValueError, match="prompts of 10 tokens are too short"):
-        evaluation.planted(kind, random_windows(1, 10), tokenizer)
+        tasks.synthetic_task(kind, random_windows(1, 10), tokenizer)
 
 
 def test_command(tiny_llama, tmp_path_factory, tmp_path):
@@ -191,14 +192,14 @@ def test_command(tiny_llama, tmp_path_factory, tmp_path):
     assert result.exit_code == 0, result.stderr
     rows = json.loads(result.stdout)
     assert len(rows) == 7 and (tmp_path / "p.svg").read_text().startswith("<?xml")
-    expected = {"method", "prefill_depth", "perplexity", "kl", "kl_interval", "top1_agreement", "first_token_kl"}
+    expected = {"method", "prefill_depth", "perplexity", "kl", "kl_ci95", "top1_agreement", "first_token_kl"}
     assert expected | {"prefill_seconds", "prompt_tokens"} <= rows[0].keys()
     assert [row["prefill_depth"] for row in rows if row["method"] == "pop_calibrated"] == [4]
     refused = pop(*options, "--prefill-depth", 3)
     assert refused.exit_code == 1 and "the calibration was made for 4" in refused.stderr
-    shown = pop(*options, "--prompt-tokens", 60, "--method", "pop_own", "--planted", "retrieval")
+    shown = pop(*options, "--prompt-tokens", 60, "--method", "pop_uncalibrated", "--synthetic-task", "retrieval")
     assert shown.exit_code == 1 and "too short" in shown.stderr
-    shown = pop(*options, "--prompt-tokens", 60, "--method", "pop_own")
+    shown = pop(*options, "--prompt-tokens", 60, "--method", "pop_uncalibrated")
     assert shown.exit_code == 0 and "60 prompt tokens" in shown.stdout and "gromov" not in shown.stdout
 
 

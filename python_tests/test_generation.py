@@ -14,7 +14,7 @@ from helpers import transformers_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import pop_ext
-from pop_ext.generation import sample
+from pop_ext.runtime.sampling import sample
 
 CHAT_TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|start|>system\nBe kind.<|end|>\n{% endif %}"

@@ -17,10 +17,12 @@ import torch
 import transformers
 from vision_models import TINY_VISION, TinyVision
 
-from pop_ext.checkpoint import CheckpointError, LayerWeights, load_config, load_weights
-from pop_ext.families import ModelSpec
-from pop_ext.rope import RotaryEmbedding
-from pop_ext.vision import Vision
+from pop_ext.checkpoints.config import load_config
+from pop_ext.checkpoints.families import ModelSpec
+from pop_ext.checkpoints.files import CheckpointError
+from pop_ext.checkpoints.weights import LayerWeights, load_weights
+from pop_ext.runtime.rope import RotaryEmbedding
+from pop_ext.vision.encoder import Vision
 
 SEED, CASES = 20260203, 2000
 SECONDS = 20  # a case may take; thousands of times what it does take, as the machine may be busy

@@ -11,7 +11,7 @@ from test_cli import pop
 from test_generation import make_chat_folder
 
 import pop_ext
-from pop_ext import importance
+from pop_ext.analysis import importance
 
 
 def windows(count: int, length: int, seed: int = 0) -> list[list[int]]:

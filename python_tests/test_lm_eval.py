@@ -16,8 +16,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-
 from lm_eval.api.instance import Instance
 
 import pop_ext
-from pop_ext.calibration import calibrate
-from pop_ext.lm_eval import POP
+from pop_ext.analysis.calibration import calibrate
+from pop_ext.integrations.lm_eval import POP
 
 QUESTIONS = [
     {"question": "What does a lamp give?", "choices": ["light", "rain", "bread"], "answer": 0},
@@ -144,7 +144,7 @@ def test_command_line(folder, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(task.format(file=data))
     result = subprocess.run(
         [
-            sys.executable, "-m", "pop_ext.lm_eval", "--model", "pop",
+            sys.executable, "-m", "pop_ext.integrations.lm_eval", "--model", "pop",
             "--model_args", f"pretrained={folder},prefill_depth=3,dtype=float32,calibration={calibration}",
             "--tasks", "pop_choice,pop_generate",
             "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples",

@@ -386,8 +386,8 @@ def test_generate_goes_on(llama):
 # The cache
 
 
-def small(folder, max_tokens, **settings):
-    return load(folder, max_tokens=max_tokens, prefill_depth=2, **settings)
+def small(folder, max_cache_tokens, **settings):
+    return load(folder, max_cache_tokens=max_cache_tokens, prefill_depth=2, **settings)
 
 
 def test_freed_blocks_are_used_again(tiny_llama, llama):
@@ -421,7 +421,7 @@ def test_freeing_in_another_order(tiny_llama, llama):
 
 
 def test_cache_grows(tiny_llama, llama):
-    """Without `max_tokens` given the cache takes what it needs; results do not depend on when it grew."""
+    """Without `max_cache_tokens` given the cache takes what it needs; results do not depend on when it grew."""
     model = load(tiny_llama, prefill_depth=2)
     talk = Conversation(Growing(llama, model), 2, 2)
     talk.prompt([tokens(5, 1), tokens(63, 2)])
@@ -448,9 +448,11 @@ def test_full_cache(tiny_llama, llama):
         ([one], [tokens(100, 2)]),
         ([one, two], [tokens(30, 3), tokens(60, 4)]),
     ]:
-        with pytest.raises((RuntimeError, MemoryError, ValueError), match=r"max_tokens") as error:
+        with pytest.raises((RuntimeError, MemoryError, ValueError), match=r"max_cache_tokens") as error:
             model.prefill(sequences, prompts)
-        assert small(tiny_llama, int(re.findall(r"\d+", str(error.value))[-1])).max_tokens > 128, "says what is needed"
+        assert small(tiny_llama, int(re.findall(r"\d+", str(error.value))[-1])).max_cache_tokens > 128, (
+            "says what is needed"
+        )
         assert list(one.token_ids) == tokens(60, 1) and list(two.token_ids) == [] and two.num_cached == 0
         assert one.num_cached == 60
     logits = model.decode([one], [5])  # nothing was lost
@@ -474,7 +476,7 @@ def test_decode_into_a_full_cache(tiny_llama, llama):
         assert normwise(logits[0], reference.decode([token])[0]) <= BOUND
     before = list(sequence.token_ids)
     for _ in range(2):
-        with pytest.raises((RuntimeError, MemoryError, ValueError), match="max_tokens"):
+        with pytest.raises((RuntimeError, MemoryError, ValueError), match="max_cache_tokens"):
             model.decode([sequence], [5])
         assert list(sequence.token_ids) == before and sequence.num_cached == 64
     model.free(sequence)
@@ -485,9 +487,9 @@ def test_failed_logits_and_generate_leave_nothing(tiny_llama, llama):
     """`logits` and `generate` that fail in the middle give their blocks back."""
     model = small(tiny_llama, 128)
     for _ in range(3):
-        with pytest.raises((RuntimeError, MemoryError, ValueError), match="max_tokens"):
+        with pytest.raises((RuntimeError, MemoryError, ValueError), match="max_cache_tokens"):
             model.logits([tokens(60), tokens(100)], [tokens(2), tokens(50)])
-        with pytest.raises((RuntimeError, MemoryError, ValueError), match="max_tokens"):
+        with pytest.raises((RuntimeError, MemoryError, ValueError), match="max_cache_tokens"):
             model.generate([tokens(60), tokens(40)], max_new_tokens=64, do_sample=False)
     prompts, continuations = [tokens(120, 7)], [tokens(8, 8)]
     assert_logits(model.logits(prompts, continuations), llama.reference_logits(prompts, continuations, 2))
@@ -578,7 +580,7 @@ def test_bad_depth(tiny_llama, llama, depth):
 @pytest.mark.parametrize("name, value", [
     *(("boundary_tokens", v) for v in (0, -1, 1.5, True, "1", None)),
     *(("anchor_tokens", v) for v in (-1, 1.5, True, "1", None)),
-    *(("max_tokens", v) for v in (0, -1, 1.5, True, "64")),
+    *(("max_cache_tokens", v) for v in (0, -1, 1.5, True, "64")),
     *(("dtype", v) for v in (torch.float16, torch.int8, "bfloat17", None)),
 ])  # fmt: skip
 def test_bad_settings(tiny_llama, name, value):

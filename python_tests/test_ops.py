@@ -260,7 +260,8 @@ def qkv_inputs(draw, tokens, hidden, heads, kv_heads, head_size, block_size, *, 
     return dict(
         x=draw(tokens, hidden), weight=draw.weight(rows, hidden), bias=draw(rows) if bias else None,
         q_norm=draw.gain(head_size) if norms else None, k_norm=draw.gain(head_size) if norms else None, eps=EPS,
-        cos=cos, sin=sin, slots=draw.slots(tokens, blocks * block_size), key_cache=key_cache, value_cache=value_cache,
+        cos=cos, sin=sin, slot_mapping=draw.slots(tokens, blocks * block_size), key_cache=key_cache,
+        value_cache=value_cache,
     )  # fmt: skip
 
 
@@ -275,8 +276,8 @@ def check_qkv_project(
     y = ops.qkv_project(*inputs.values())
     assert y.dtype == dtype and y.is_contiguous()
     assert_close(y, query, dtype, "query")
-    assert_cache(inputs["key_cache"], before[0], expected[0], inputs["slots"], "key_cache")
-    assert_cache(inputs["value_cache"], before[1], expected[1], inputs["slots"], "value_cache")
+    assert_cache(inputs["key_cache"], before[0], expected[0], inputs["slot_mapping"], "key_cache")
+    assert_cache(inputs["value_cache"], before[1], expected[1], inputs["slot_mapping"], "value_cache")
 
 
 @DTYPES
@@ -300,7 +301,7 @@ def test_qkv_project_without_slots(isa, dtype):
     """All slots -1: a query and no write."""
     draw = Draw(3, dtype)
     inputs = qkv_inputs(draw, 6, 40, 3, 1, 32, 16, bias=False, norms=True)
-    inputs["slots"] = torch.full((6,), -1)
+    inputs["slot_mapping"] = torch.full((6,), -1)
     before = inputs["key_cache"].clone(), inputs["value_cache"].clone()
     ops.qkv_project(*inputs.values())
     assert torch.equal(before[0], inputs["key_cache"]) and torch.equal(before[1], inputs["value_cache"])
@@ -324,7 +325,7 @@ def test_qkv_project_properties(
 
 
 def attention_inputs(
-    draw, lengths, heads, kv_heads, head_size, *, block_size=16, window=0, images=False, sharpness=2.0
+    draw, lengths, heads, kv_heads, head_size, *, block_size=16, window_size=0, images=False, sharpness=2.0
 ):
     """lengths: (queries, context) of each sequence. What none may see (other blocks, the rest of the last) is NaN."""
     needed = [-(-context // block_size) for _, context in lengths]
@@ -355,9 +356,9 @@ def attention_inputs(
         spans = torch.where(runs % 2 == 0, -1, runs).int()
     return dict(
         query=query, key_cache=key_cache, value_cache=value_cache, block_tables=tables,
-        query_starts=torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32),
-        context_lens=torch.tensor(contexts, dtype=torch.int32), max_query_len=max(queries, default=0),
-        max_context_len=max(contexts, default=0), scale=head_size**-0.5, window=window, spans=spans,
+        cu_seqlens_q=torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32),
+        seqlens_k=torch.tensor(contexts, dtype=torch.int32), max_seqlen_q=max(queries, default=0),
+        max_seqlen_k=max(contexts, default=0), softmax_scale=head_size**-0.5, window_size=window_size, spans=spans,
     )  # fmt: skip
 
 
@@ -367,7 +368,7 @@ def check_attention(lengths, heads, kv_heads, head_size, dtype, *, strided=False
     assert y.dtype == dtype and y.is_contiguous()
     expected = reference_ops.attention(**inputs)
     assert_close(y, expected, dtype)
-    for s, (start, stop) in enumerate(itertools.pairwise(inputs["query_starts"].tolist())):
+    for s, (start, stop) in enumerate(itertools.pairwise(inputs["cu_seqlens_q"].tolist())):
         assert_close(y[start:stop], expected[start:stop], dtype, f"sequence {s}")  # none hides behind another
 
 
@@ -376,18 +377,18 @@ BATCH = [(1, 1), (1, 50), (7, 7), (5, 33), (0, 20), (33, 90), (64, 64), (1, 129)
 
 @DTYPES
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-@pytest.mark.parametrize("window", [0, 1, 9, 40])
-def test_attention(isa, dtype, head_size, window):
+@pytest.mark.parametrize("window_size", [0, 1, 9, 40])
+def test_attention(isa, dtype, head_size, window_size):
     for heads, kv_heads in [(1, 1), (9, 3), (5, 1)]:
-        check_attention(BATCH, heads, kv_heads, head_size, dtype, window=window, strided=heads == 9)
+        check_attention(BATCH, heads, kv_heads, head_size, dtype, window_size=window_size, strided=heads == 9)
 
 
 @DTYPES
-@pytest.mark.parametrize("window", [0, 21])
-def test_attention_spans(isa, dtype, window):
+@pytest.mark.parametrize("window_size", [0, 21])
+def test_attention_spans(isa, dtype, window_size):
     for lengths in [[(40, 40)], [(60, 90), (17, 17), (90, 90)]]:
         for strided in (False, True):
-            check_attention(lengths, 6, 2, 64, dtype, window=window, images=True, strided=strided)
+            check_attention(lengths, 6, 2, 64, dtype, window_size=window_size, images=True, strided=strided)
 
 
 @DTYPES
@@ -399,10 +400,10 @@ def test_attention_few_queries(isa, dtype, query):
 
 
 @DTYPES
-@pytest.mark.parametrize("window", [0, 512])
-def test_attention_large(isa, dtype, window):
-    check_attention([(1000, 2000)], 3, 1, 64, dtype, window=window, block_size=64)
-    check_attention([(1, 4000), (3, 2500), (300, 300)], 4, 1, 256, dtype, window=window, block_size=64)
+@pytest.mark.parametrize("window_size", [0, 512])
+def test_attention_large(isa, dtype, window_size):
+    check_attention([(1000, 2000)], 3, 1, 64, dtype, window_size=window_size, block_size=64)
+    check_attention([(1, 4000), (3, 2500), (300, 300)], 4, 1, 256, dtype, window_size=window_size, block_size=64)
 
 
 @DTYPES
@@ -429,12 +430,12 @@ def test_attention_extreme_scores(isa, dtype, sharpness):
 
 @DTYPES
 def test_attention_generous_bounds(isa, dtype):
-    """max_query_len and max_context_len are upper bounds, and a window may be wider than any context."""
-    for window, unbounded in [(0, False), (2**31, True), (2**62, True), (2**63 - 1, True)]:
-        inputs = attention_inputs(Draw(6, dtype), [(3, 40), (9, 9)], 4, 2, 32, window=window)
+    """max_seqlen_q and max_seqlen_k are upper bounds, and a window may be wider than any context."""
+    for window_size, unbounded in [(0, False), (2**31, True), (2**62, True), (2**63 - 1, True)]:
+        inputs = attention_inputs(Draw(6, dtype), [(3, 40), (9, 9)], 4, 2, 32, window_size=window_size)
         capacity = inputs["block_tables"].shape[1] * 16
-        y = ops.attention(*{**inputs, "max_query_len": 2**40, "max_context_len": capacity}.values())
-        expected = reference_ops.attention(**{**inputs, "window": 0 if unbounded else window})
+        y = ops.attention(*{**inputs, "max_seqlen_q": 2**40, "max_seqlen_k": capacity}.values())
+        expected = reference_ops.attention(**{**inputs, "window_size": 0 if unbounded else window_size})
         assert_close(y, expected, dtype)
 
 
@@ -445,7 +446,7 @@ def test_attention_keeps_sequences_apart(isa, dtype):
     spoiled = BATCH.index((33, 90))
     blocks = inputs["block_tables"][spoiled, : -(-90 // 16)].long()
     expected = reference_ops.attention(**inputs)
-    starts = inputs["query_starts"].tolist()
+    starts = inputs["cu_seqlens_q"].tolist()
     for name in ("key_cache", "value_cache"):
         inputs[name][blocks] = float("nan")
     inputs["query"][starts[spoiled] : starts[spoiled + 1]] = float("nan")
@@ -458,15 +459,15 @@ def test_attention_keeps_sequences_apart(isa, dtype):
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)).map(lambda p: (p[0], p[0] + p[1])), max_size=4),
     kv_heads=st.integers(1, 3), group=st.integers(1, 5), head_size=st.sampled_from(HEAD_SIZES),
-    block_size=st.sampled_from([1, 3, 16, 64]), window=st.sampled_from([0, 0, 1, 2, 7, 33, 1000]), images=st.booleans(),
-    strided=st.booleans(), seed=st.integers(0, 99),
+    block_size=st.sampled_from([1, 3, 16, 64]), window_size=st.sampled_from([0, 0, 1, 2, 7, 33, 1000]),
+    images=st.booleans(), strided=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @properties
 @DTYPES
 def test_attention_properties(
-    isa, dtype, lengths, kv_heads, group, head_size, block_size, window, images, strided, seed
+    isa, dtype, lengths, kv_heads, group, head_size, block_size, window_size, images, strided, seed
 ):
-    form = dict(block_size=block_size, window=window, images=images, strided=strided, seed=seed)
+    form = dict(block_size=block_size, window_size=window_size, images=images, strided=strided, seed=seed)
     check_attention(lengths, kv_heads * group, kv_heads, head_size, dtype, **form)
 
 
@@ -482,7 +483,7 @@ def project_inputs(draw, tokens, hidden, layers, kv_heads, head_size, block_size
         hidden=draw(tokens, hidden, scale=3.0), weight=draw.weight(layers, rows, hidden),
         bias=draw.packed(layers, rows) if bias else None, k_norm=draw.gain(layers, head_size) if norm else None,
         eps=EPS, cos=cos, sin=sin, rope_index=draw.integers(0, ropes, layers).int(),
-        slots=draw.slots(tokens, blocks * block_size),
+        slot_mapping=draw.slots(tokens, blocks * block_size),
         key_caches=key_caches, value_caches=value_caches,
     )  # fmt: skip
 
@@ -513,7 +514,7 @@ def check_project_kv(
     for layer in range(layers):
         for i, name in enumerate(["key_caches", "value_caches"]):
             what = f"{name}[{layer}]"
-            assert_cache(inputs[name][layer], before[i][layer], expected[i][layer], inputs["slots"], what)
+            assert_cache(inputs[name][layer], before[i][layer], expected[i][layer], inputs["slot_mapping"], what)
 
 
 @DTYPES
@@ -558,7 +559,7 @@ def calls(dtype: torch.dtype, tokens: int = 6) -> dict[str, tuple[tuple, dict]]:
         "linear": ((draw(tokens, 40), draw(24, 40), draw(24), draw(tokens, 24)), {"out_dtype": torch.float32}),
         "gated_linear": ((draw(tokens, 40), draw(2 * 24, 40), "silu"), {}),
         "qkv_project": (tuple(qkv_inputs(draw, tokens, 40, 4, 2, 32, 16, bias=True, norms=True).values()), {}),
-        "attention": (tuple(attention_inputs(draw, lengths, 4, 2, 32, window=3, images=True).values()), {}),
+        "attention": (tuple(attention_inputs(draw, lengths, 4, 2, 32, window_size=3, images=True).values()), {}),
         "project_kv": (
             tuple(project_inputs(draw, tokens, 40, 3, 2, 32, 16, bias=True, norm=True, ropes=2).values()),
             {},

@@ -45,7 +45,7 @@ def valid(op: str, dtype: torch.dtype) -> dict:
         rows = (HQ + 2 * HKV) * E
         return dict(
             x=real(T, D), weight=real(rows, D), bias=real(rows), q_norm=fp32(E), k_norm=fp32(E), eps=1e-6,
-            cos=fp32(T, E // 2), sin=fp32(T, E // 2), slots=slots, key_cache=real(BLOCKS, BLOCK, HKV, E),
+            cos=fp32(T, E // 2), sin=fp32(T, E // 2), slot_mapping=slots, key_cache=real(BLOCKS, BLOCK, HKV, E),
             value_cache=real(BLOCKS, BLOCK, HKV, E),
         )  # fmt: skip
     if op == "attention":
@@ -53,15 +53,15 @@ def valid(op: str, dtype: torch.dtype) -> dict:
         starts = torch.tensor([0, *itertools.accumulate(QUERIES)], dtype=torch.int32)
         return dict(
             query=real(T, HQ, E), key_cache=real(BLOCKS, BLOCK, HKV, E), value_cache=real(BLOCKS, BLOCK, HKV, E),
-            block_tables=tables, query_starts=starts, context_lens=torch.tensor(CONTEXTS, dtype=torch.int32),
-            max_query_len=max(QUERIES), max_context_len=max(CONTEXTS), scale=0.3, window=4,
+            block_tables=tables, cu_seqlens_q=starts, seqlens_k=torch.tensor(CONTEXTS, dtype=torch.int32),
+            max_seqlen_q=max(QUERIES), max_seqlen_k=max(CONTEXTS), softmax_scale=0.3, window_size=4,
             spans=torch.full((S, max(CONTEXTS)), -1, dtype=torch.int32),
         )  # fmt: skip
     return dict(
         hidden=real(T, D), weight=real(R, 2 * HKV * E, D), bias=real(R, 2 * HKV * E), k_norm=fp32(R, E), eps=1e-6,
         cos=fp32(ROPES, T, E // 2), sin=fp32(ROPES, T, E // 2), 
         rope_index=torch.randint(0, ROPES, (R,), dtype=torch.int32),
-        slots=slots, key_caches=real(R, BLOCKS, BLOCK, HKV, E), value_caches=real(R, BLOCKS, BLOCK, HKV, E),
+        slot_mapping=slots, key_caches=real(R, BLOCKS, BLOCK, HKV, E), value_caches=real(R, BLOCKS, BLOCK, HKV, E),
     )  # fmt: skip
 
 
@@ -75,17 +75,18 @@ SHARED = {
     ],
     "gated_linear": [[("x", 1), ("gate_up_weight", 1)]],
     "qkv_project": [
-        [("x", 0), ("cos", 0), ("sin", 0), ("slots", 0)], [("x", 1), ("weight", 1)], [("weight", 0), ("bias", 0)],
+        [("x", 0), ("cos", 0), ("sin", 0), ("slot_mapping", 0)], [("x", 1), ("weight", 1)],
+        [("weight", 0), ("bias", 0)],
         [("q_norm", 0), ("k_norm", 0), ("cos", 1), ("sin", 1), ("key_cache", 3), ("value_cache", 3)],
         *([("key_cache", d), ("value_cache", d)] for d in range(4)),
     ],
     "attention": [
-        [("query", 0), ("query_starts", -1)], [("query", 2), ("key_cache", 3), ("value_cache", 3)],
-        [("block_tables", 0), ("query_starts", 0), ("context_lens", 0), ("spans", 0)],
+        [("query", 0), ("cu_seqlens_q", -1)], [("query", 2), ("key_cache", 3), ("value_cache", 3)],
+        [("block_tables", 0), ("cu_seqlens_q", 0), ("seqlens_k", 0), ("spans", 0)],
         *([("key_cache", d), ("value_cache", d)] for d in range(4)),
     ],
     "project_kv": [
-        [("hidden", 0), ("cos", 1), ("sin", 1), ("slots", 0)], [("hidden", 1), ("weight", 2)],
+        [("hidden", 0), ("cos", 1), ("sin", 1), ("slot_mapping", 0)], [("hidden", 1), ("weight", 2)],
         [("weight", 0), ("bias", 0), ("k_norm", 0), ("rope_index", 0), ("key_caches", 0), ("value_caches", 0)],
         [("weight", 1), ("bias", 1)], [("cos", 0), ("sin", 0)],
         [("k_norm", 1), ("cos", 2), ("sin", 2), ("key_caches", 4), ("value_caches", 4)],
@@ -226,7 +227,7 @@ def wrong_type(rng, op, args):
 
 
 def missing(rng, op, args):
-    name = rng.choice([n for n in args if n not in OPTIONAL | {"window"}])
+    name = rng.choice([n for n in args if n not in OPTIONAL | {"window_size"}])
     del args[name]
     return {name}
 
@@ -246,10 +247,10 @@ def wrong_activation(rng, op, args):
 
 
 def wrong_slots(rng, op, args):
-    if "slots" not in args:
+    if "slot_mapping" not in args:
         return None
-    args["slots"][rng.randrange(T)] = rng.choice([CAPACITY, CAPACITY + 1, -2, -(2**63), *HUGE])
-    return {"slots"}
+    args["slot_mapping"][rng.randrange(T)] = rng.choice([CAPACITY, CAPACITY + 1, -2, -(2**63), *HUGE])
+    return {"slot_mapping"}
 
 
 def wrong_rope_index(rng, op, args):
@@ -278,55 +279,55 @@ def narrow_tables(rng, op, args):
     return {name}
 
 
-def wrong_query_starts(rng, op, args):
+def wrong_cu_seqlens_q(rng, op, args):
     if op != "attention":
         return None
-    starts = args["query_starts"]
+    starts = args["cu_seqlens_q"]
     index = rng.randrange(S + 1)
     values = [-1, T + 1, 2**31 - 1, -(2**31)] if 0 < index < S else [-1, 1, T + 1, T - 1, 2**31 - 1, -(2**31)]
     value = rng.choice(values)
     if value == starts[index] or (index == S and value == 0):
         return None
     starts[index] = value
-    return {"query_starts"}
+    return {"cu_seqlens_q"}
 
 
-def wrong_context_lens(rng, op, args):
+def wrong_seqlens_k(rng, op, args):
     if op != "attention":
         return None
     s = rng.randrange(S)
-    args["context_lens"][s] = rng.choice([-1, QUERIES[s] - 1, max(CONTEXTS) + 1, 3 * BLOCK + 1, 2**31 - 1, -(2**31)])
-    return {"context_lens", "max_context_len"}
+    args["seqlens_k"][s] = rng.choice([-1, QUERIES[s] - 1, max(CONTEXTS) + 1, 3 * BLOCK + 1, 2**31 - 1, -(2**31)])
+    return {"seqlens_k", "max_seqlen_k"}
 
 
 def wrong_lengths(rng, op, args):
     if op != "attention":
         return None
-    name = rng.choice(["max_query_len", "max_context_len"])
-    values = [-1, args[name] - 1, -(2**63)]  # a bound may be generous, but block_tables must hold max_context_len
-    args[name] = rng.choice(values if name == "max_query_len" else values + HUGE)
-    return {name, "query_starts" if name == "max_query_len" else "context_lens"}
+    name = rng.choice(["max_seqlen_q", "max_seqlen_k"])
+    values = [-1, args[name] - 1, -(2**63)]  # a bound may be generous, but block_tables must hold max_seqlen_k
+    args[name] = rng.choice(values if name == "max_seqlen_q" else values + HUGE)
+    return {name, "cu_seqlens_q" if name == "max_seqlen_q" else "seqlens_k"}
 
 
-def wrong_window(rng, op, args):
+def wrong_window_size(rng, op, args):
     if op != "attention":
         return None
-    args["window"] = rng.choice([-1, -2, -(2**31), -(2**63)])
-    return {"window"}
+    args["window_size"] = rng.choice([-1, -2, -(2**31), -(2**63)])
+    return {"window_size"}
 
 
-def wrong_scale(rng, op, args):
+def wrong_softmax_scale(rng, op, args):
     if op != "attention":
         return None
-    args["scale"] = rng.choice([math.nan, math.inf, -math.inf])
-    return {"scale"}
+    args["softmax_scale"] = rng.choice([math.nan, math.inf, -math.inf])
+    return {"softmax_scale"}
 
 
 MUTATIONS = [
     wrong_size, wrong_size, wrong_size, huge_size, odd_rows, wrong_rank, wrong_rank, wrong_dtype, wrong_dtype,
     wrong_out_dtype, wrong_device, wrong_strides, wrong_strides, wrong_type, missing, wrong_eps, wrong_activation,
-    wrong_slots, wrong_rope_index, wrong_block_tables, narrow_tables, wrong_query_starts, wrong_context_lens,
-    wrong_lengths, wrong_window, wrong_scale,
+    wrong_slots, wrong_rope_index, wrong_block_tables, narrow_tables, wrong_cu_seqlens_q, wrong_seqlens_k,
+    wrong_lengths, wrong_window_size, wrong_softmax_scale,
 ]  # fmt: skip
 KEYWORD_ONLY = {"out_dtype"}
 

@@ -7,8 +7,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from pop_ext.families import ModelSpec
-from pop_ext.rope import RotaryEmbedding
+from pop_ext.checkpoints.families import ModelSpec
+from pop_ext.runtime.rope import RotaryEmbedding
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -24,11 +24,13 @@ from vision_models import tokenizer as tiny_tokenizer
 
 import pop_ext
 from pop_ext import cli
-from pop_ext.calibration import calibrate
-from pop_ext.generation import encode_prompt
-from pop_ext.importance import truncation_kl
-from pop_ext.refinement import refine
-from pop_ext.vision import load_samples, read_video, transformers_inputs
+from pop_ext.analysis.calibration import calibrate
+from pop_ext.analysis.importance import truncation_kl
+from pop_ext.analysis.refinement import refine
+from pop_ext.analysis.samples import load_samples
+from pop_ext.runtime.prompts import encode_prompt
+from pop_ext.vision.encoder import transformers_inputs
+from pop_ext.vision.images import read_video
 
 BOUND = 1e-5
 SIZES = [(40, 30), (25, 61), (33, 33), (90, 14), (9, 9), (12, 70)]  # wide, tall, odd, smaller than a patch group
@@ -570,11 +572,11 @@ def test_bad_video_files(tmp_path, monkeypatch):
     ]:
         with pytest.raises(error, match=message):
             read_video(tmp_path / name, fps)
-    monkeypatch.setattr(pop_ext.vision, "MAX_FRAMES", 3)
+    monkeypatch.setattr(pop_ext.vision.images, "MAX_FRAMES", 3)
     with pytest.raises(ValueError, match=r"clip.webp has 4 frames, expected 1 to 3"):
         read_video(tmp_path / "clip.webp")
-    monkeypatch.setattr(pop_ext.vision, "MAX_FRAMES", 4)
-    monkeypatch.setattr(pop_ext.vision, "MAX_VIDEO_PIXELS", 3 * 37 * 29)
+    monkeypatch.setattr(pop_ext.vision.images, "MAX_FRAMES", 4)
+    monkeypatch.setattr(pop_ext.vision.images, "MAX_VIDEO_PIXELS", 3 * 37 * 29)
     with pytest.raises(ValueError, match=r"more than 3219 pixels in its first 4 frames"):
         read_video(tmp_path / "clip.webp")
 
@@ -923,12 +925,13 @@ def test_sample_commands(pair, samples, tmp_path):
     result = pop("calibrate", pair.folder, *options, "--output", output)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["text"] == ["samples.jsonl"]
-    methods = ("--method", "pop_own", "--method", "pop_calibrated", "--method", "speed", "--method", "shortgpt")
+    names = ("pop_uncalibrated", "pop_calibrated", "speed", "shortgpt")
+    methods = [option for name in names for option in ("--method", name)]
     result = pop("evaluate", pair.folder, *options, "--calibration", output, *methods)
     assert result.exit_code == 0, result.stderr
     kl = {row["method"]: row["kl"] for row in json.loads(result.stdout)}
-    assert kl.keys() == {"full", "pop_own", "pop_calibrated", "speed", "shortgpt"}
-    assert 0 < kl["pop_calibrated"] < kl["pop_own"]
+    assert kl.keys() == {"full", "pop_uncalibrated", "pop_calibrated", "speed", "shortgpt"}
+    assert 0 < kl["pop_calibrated"] < kl["pop_uncalibrated"]
 
 
 def test_refinement_is_refused(pair, samples, tmp_path):

@@ -34,8 +34,8 @@ void run(Bench& b, const Model& model, int64_t tokens) {
       for (int64_t i = 0; i < blocks; ++i) table.push_back(static_cast<int32_t>((sequences - s) * blocks - 1 - i));
       starts.push_back(static_cast<int32_t>((s + 1) * queries));
     }
-    Buffer<int32_t> block_tables(table, sets), query_starts(starts, sets);
-    Buffer<int32_t> context_lens(std::vector<int32_t>(sequences, static_cast<int32_t>(context)), sets);
+    Buffer<int32_t> block_tables(table, sets), cu_seqlens_q(starts, sets);
+    Buffer<int32_t> seqlens_k(std::vector<int32_t>(sequences, static_cast<int32_t>(context)), sets);
     Buffer<bf16> out(tokens * heads * size, sets);
     const auto scale = static_cast<float>(1 / std::sqrt(static_cast<double>(size)));
     const auto arguments = [&](int set) {
@@ -50,12 +50,12 @@ void run(Bench& b, const Model& model, int64_t tokens) {
                             .value_cache = paged_cache(value_cache[set], sequences * blocks, kv_heads, size),
                             .block_tables = block_tables[set],
                             .block_table_stride = blocks,
-                            .query_starts = query_starts[set],
-                            .context_lens = context_lens[set],
-                            .max_query_len = queries,
-                            .max_context_len = context,
-                            .scale = scale,
-                            .window = window,
+                            .cu_seqlens_q = cu_seqlens_q[set],
+                            .seqlens_k = seqlens_k[set],
+                            .max_seqlen_q = queries,
+                            .max_seqlen_k = context,
+                            .softmax_scale = scale,
+                            .window_size = window,
                             .spans = nullptr,
                             .span_stride = 0,
                             .out = out[set]};

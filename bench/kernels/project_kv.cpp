@@ -25,7 +25,7 @@ void run(Bench& b, const Model& model, int64_t tokens) {
     rope.push_back(ropes > 1 && (model.layers - layers + l + 1) % model.window_period == 0);
   Buffer<int32_t> rope_index(rope, sets);
   const std::vector<int64_t> slot = reversed_slots(tokens);
-  Buffer<int64_t> slots(slot, sets);
+  Buffer<int64_t> slot_mapping(slot, sets);
   Buffer<bf16> cache(layers * 2 * cached, sets);  // [layers, keys and values, blocks, kCacheBlock, heads, size]
   const auto arguments = [&](int set) {
     return pop::ProjectKv{.dtype = pop::DType::kBFloat16,
@@ -41,7 +41,7 @@ void run(Bench& b, const Model& model, int64_t tokens) {
                           .cos = cosines[set],
                           .sin = sines[set],
                           .rope_index = rope_index[set],
-                          .slots = slots[set],
+                          .slot_mapping = slot_mapping[set],
                           .key_caches = paged_cache(cache[set], blocks, heads, size),
                           .value_caches = paged_cache(cache[set] + cached, blocks, heads, size),
                           .key_layer_stride = 2 * cached,

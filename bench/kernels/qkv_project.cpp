@@ -19,7 +19,7 @@ void run(Bench& b, const Model& model, int64_t tokens) {
   Buffer<float> norms(random_values<float>(2 * size, 0.2f, 1), sets);  // of q, then of k
   Buffer<float> cosines(angles(1, tokens, size, std::cos), sets), sines(angles(1, tokens, size, std::sin), sets);
   const std::vector<int64_t> slot = reversed_slots(tokens);
-  Buffer<int64_t> slots(slot, sets);
+  Buffer<int64_t> slot_mapping(slot, sets);
   Buffer<bf16> query(tokens * queries * size, sets), key_cache(cached, sets), value_cache(cached, sets);
   b.run(model, {.part = model.qk_norm ? "with norms" : "",
                 .tokens = tokens,
@@ -43,7 +43,7 @@ void run(Bench& b, const Model& model, int64_t tokens) {
                                               .eps = kEps,
                                               .cos = cosines[set],
                                               .sin = sines[set],
-                                              .slots = slots[set],
+                                              .slot_mapping = slot_mapping[set],
                                               .key_cache = paged_cache(key_cache[set], blocks, keys, size),
                                               .value_cache = paged_cache(value_cache[set], blocks, keys, size),
                                               .query = query[set]},

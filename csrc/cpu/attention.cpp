@@ -106,12 +106,12 @@ class Kernel {
     std::vector<Task> tasks;
     const int64_t step = std::max<int64_t>(1, kTaskRows / group_);
     for (int64_t s = 0; s < p_.sequences; ++s) {
-      const int64_t queries = p_.query_starts[s + 1] - p_.query_starts[s], context = p_.context_lens[s];
+      const int64_t queries = p_.cu_seqlens_q[s + 1] - p_.cu_seqlens_q[s], context = p_.seqlens_k[s];
       const int64_t heads = queries * p_.query_heads <= kTaskRows ? p_.key_cache.heads : 1;
       for (int64_t first = (queries - 1) / step * step; queries > 0 && first >= 0;
            first -= step) {  // the longest first
         const int64_t count = std::min(step, queries - first), position = context - queries + first;
-        const int64_t first_key = p_.window > 0 ? std::max<int64_t>(0, position - p_.window + 1) : 0;
+        const int64_t first_key = p_.window_size > 0 ? std::max<int64_t>(0, position - p_.window_size + 1) : 0;
         const int64_t last_key = p_.spans ? context : position + count;
         for (int64_t head = 0; head < p_.key_cache.heads; head += heads)
           tasks.push_back({s, head, heads, first, count, first_key, last_key});
@@ -187,7 +187,7 @@ class Kernel {
   /// Row r of a task: the token's index among all queries, and its query head.
   std::pair<int64_t, int64_t> locate_row(const Task& task, int64_t r) const {
     const int64_t head_rows = task.queries * group_, in_head = r % head_rows;
-    return {p_.query_starts[task.sequence] + task.first_query + in_head / group_,
+    return {p_.cu_seqlens_q[task.sequence] + task.first_query + in_head / group_,
             (task.first_head + r / head_rows) * group_ + in_head % group_};
   }
 
@@ -207,21 +207,21 @@ class Kernel {
   /// Rows [r, r + count) of one head meet keys [key, key + keys).
   void step(const Task& task, Partial state, int64_t r, int count, const Factor<T>* query, int64_t query_stride,
             int64_t key, int keys, const float* key_panels, const float* value_panels, int64_t value_lanes) const {
-    const int64_t base = p_.context_lens[task.sequence] -
-                         (p_.query_starts[task.sequence + 1] - p_.query_starts[task.sequence]) + task.first_query;
+    const int64_t base = p_.seqlens_k[task.sequence] -
+                         (p_.cu_seqlens_q[task.sequence + 1] - p_.cu_seqlens_q[task.sequence]) + task.first_query;
     const int64_t first = base + r / group_, last = base + (r + count - 1) / group_;  // positions of the rows
     if (!p_.spans) keys = static_cast<int>(std::min<int64_t>(keys, last - key + 1));
-    if (keys <= 0 || (p_.window > 0 && key + keys - 1 <= first - p_.window)) return;
+    if (keys <= 0 || (p_.window_size > 0 && key + keys - 1 <= first - p_.window_size)) return;
 
     alignas(64) float scores[kTileRows * kBlockKeys];
     alignas(64) Factor<T> weights[kTileRows * kBlockKeys];
     for (int j = 0; j < keys; j += kTileColumns)
       multiply_tile<T>(count, std::min(kTileColumns, keys - j), query, query_stride, key_panels + j * key_lanes_,
                        kTileColumns, key_lanes_, nullptr, scores + j, kBlockKeys);
-    const bool all_visible =
-        !p_.spans && keys % kLanes == 0 && key + keys - 1 <= first && (p_.window == 0 || key > last - p_.window);
+    const bool all_visible = !p_.spans && keys % kLanes == 0 && key + keys - 1 <= first &&
+                             (p_.window_size == 0 || key > last - p_.window_size);
     // The rows' new maxima, and how much what they have so far shrinks by them.
-    const float scale = p_.scale * kLog2E;
+    const float scale = p_.softmax_scale * kLog2E;
     alignas(64) float maxima[kTileRows], alpha[round_up(kTileRows, kLanes)] = {};
     for (int i = 0; i < count; ++i) {
       float* score = scores + i * kBlockKeys;
@@ -255,7 +255,8 @@ class Kernel {
     Int lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
     const int32_t* spans = p_.spans ? p_.spans + task.sequence * p_.span_stride : nullptr;
-    const int32_t low = p_.window > 0 ? static_cast<int32_t>(std::max<int64_t>(-1, position - p_.window - key)) : -1;
+    const int32_t low =
+        p_.window_size > 0 ? static_cast<int32_t>(std::max<int64_t>(-1, position - p_.window_size - key)) : -1;
     for (int j = 0; j < keys; j += kLanes) {
       const Int index = lane + j;
       Int visible = index <= static_cast<int32_t>(position - key);
@@ -276,7 +277,7 @@ class Kernel {
       for (int64_t i = 0; i < count; ++i) maximum = std::max(maximum, parts[i].maximum[r]);
       for (int64_t i = 0; i < count; ++i) {
         float& weight = parts[i].maximum[r];  // from here on the part's weight
-        weight = exp2(broadcast((weight - maximum) * p_.scale * kLog2E))[0];
+        weight = exp2(broadcast((weight - maximum) * p_.softmax_scale * kLog2E))[0];
         sum += weight * reduce_add(load(parts[i].sums + r * kLanes));
       }
       const auto [token, head] = locate_row(task, r);

@@ -26,7 +26,7 @@ void run(const ProjectKv& p, const Threads& threads) {
   const auto row = [&](int64_t block, int c) { return weight + (block * block_heads * size + c) * p.in; };
   const auto epilogue = [&](int64_t block, int64_t first, int count, float* sums, int64_t stride) {
     for (int64_t t = first; t < first + count; ++t, sums += stride) {
-      if (p.slots[t] < 0) continue;
+      if (p.slot_mapping[t] < 0) continue;
       for (int64_t i = 0; i < heads_of(block); ++i) {
         const int64_t head = block * block_heads + i, layer = head / (2 * kv_heads), kv = head % (2 * kv_heads);
         const T* bias = p.bias ? static_cast<const T*>(p.bias) + head * size : nullptr;
@@ -34,10 +34,10 @@ void run(const ProjectKv& p, const Threads& threads) {
           const int64_t angle = (p.rope_index[layer] * p.tokens + t) * (size / 2);
           finish_head(sums + i * size, size, scales[t], bias, p.k_norm ? p.k_norm + layer * size : nullptr, p.eps,
                       p.cos + angle, p.sin + angle,
-                      cache_row<T>(p.key_caches, p.slots[t], kv) + layer * p.key_layer_stride);
+                      cache_row<T>(p.key_caches, p.slot_mapping[t], kv) + layer * p.key_layer_stride);
         } else {
           finish_head<T>(sums + i * size, size, scales[t], bias, nullptr, p.eps, nullptr, nullptr,
-                         cache_row<T>(p.value_caches, p.slots[t], kv - kv_heads) + layer * p.value_layer_stride);
+                         cache_row<T>(p.value_caches, p.slot_mapping[t], kv - kv_heads) + layer * p.value_layer_stride);
         }
       }
     }

@@ -22,14 +22,14 @@ void run(const QkvProject& p, const Threads& threads) {
         if (head < p.query_heads) {
           finish_head(sums + i * size, size, 1.0f, bias, p.q_norm, p.eps, cos, sin,
                       static_cast<T*>(p.query) + (t * p.query_heads + head) * size);
-        } else if (p.slots[t] >= 0) {
+        } else if (p.slot_mapping[t] >= 0) {
           const int64_t kv = head - p.query_heads;
           if (kv < kv_heads) {
             finish_head(sums + i * size, size, 1.0f, bias, p.k_norm, p.eps, cos, sin,
-                        cache_row<T>(p.key_cache, p.slots[t], kv));
+                        cache_row<T>(p.key_cache, p.slot_mapping[t], kv));
           } else {
             finish_head<T>(sums + i * size, size, 1.0f, bias, nullptr, p.eps, nullptr, nullptr,
-                           cache_row<T>(p.value_cache, p.slots[t], kv - kv_heads));
+                           cache_row<T>(p.value_cache, p.slot_mapping[t], kv - kv_heads));
           }
         }
       }

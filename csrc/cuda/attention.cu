@@ -2,8 +2,8 @@
 // keys and values pass by in tiles, and the softmax is rescaled as larger scores turn up.
 //
 // Rows of all query heads that share a key/value head are packed, token by token, so that each key is read once for all
-// of them. One kernel serves two shapes of block. Wide: 128 rows, each warp has some of them and all keys of a tile;
-// for prefill. Narrow: 16 rows, each warp has all of them and a quarter of a tile's keys; for decode and the boundary.
+// of them. One kernel serves two shapes of block. Prefill: 128 rows, each warp has some of them and all keys of a tile;
+// for prefill. Decode: 16 rows, each warp has all of them and a quarter of a tile's keys; for decode and the boundary.
 // Where blocks are fewer than the device holds, they share the context out, and a second kernel adds up their parts in
 // a fixed order.
 
@@ -39,11 +39,11 @@ struct Parameters {
   Cache keys, values;
   const int32_t* block_tables;
   int64_t block_table_stride;
-  const int32_t *query_starts, *context_lens, *spans;
+  const int32_t *cu_seqlens_q, *seqlens_k, *spans;
   int64_t span_stride;
   cutlass::FastDivmod group, block_size;  // query heads of a key/value head; tokens of a block of the cache
-  int sequences, query_heads, window, splits;
-  float scale;          // of scores, times log2(e): exponentials are powers of two
+  int sequences, query_heads, window_size, splits;
+  float softmax_scale;  // of scores, times log2(e): exponentials are powers of two
   int64_t rows;         // tokens * query_heads
   float* split_values;  // [splits, rows, head_size]: each split's sum of weight * value,
   float2* split_stats;  // [splits, rows]: its largest score, before scaling, and sum of weights
@@ -72,18 +72,18 @@ struct Tile {
   __device__ static int step(int offset, int rows) { return (offset ^ (rows % 8 * 16)) + rows * kWidth * 2; }
 };
 
-template <typename T_, int kHeadSize_, bool kNarrow_>
+template <typename T_, int kHeadSize_, bool kDecode_>
 struct Config {
   using T = T_;
-  static constexpr bool kNarrow = kNarrow_;
+  static constexpr bool kDecode = kDecode_;
   static constexpr int kHeadSize = kHeadSize_;
-  static constexpr int kRowWarps = kNarrow ? 1 : kHeadSize == 256 ? 8 : 4, kKeyWarps = kNarrow ? 4 : 1;
+  static constexpr int kRowWarps = kDecode ? 1 : kHeadSize == 256 ? 8 : 4, kKeyWarps = kDecode ? 4 : 1;
   static constexpr int kWarps = kRowWarps * kKeyWarps, kThreads = 32 * kWarps;
-  static constexpr int kRowTiles = kNarrow || kHeadSize == 256 ? 1 : 2;  // of 16 rows, of a warp
+  static constexpr int kRowTiles = kDecode || kHeadSize == 256 ? 1 : 2;  // of 16 rows, of a warp
   static constexpr int kWarpRows = 16 * kRowTiles, kRows = kWarpRows * kRowWarps;
-  static constexpr int kKeys = !kNarrow && kHeadSize == 256 ? 32 : 64, kWarpKeys = kKeys / kKeyWarps;
-  static constexpr int kStages = kHeadSize == 256 ? 2 : kHeadSize == 128 && !kNarrow ? 3 : 4;
-  static constexpr bool kQueryInRegisters = kNarrow || kHeadSize <= 64;
+  static constexpr int kKeys = !kDecode && kHeadSize == 256 ? 32 : 64, kWarpKeys = kKeys / kKeyWarps;
+  static constexpr int kStages = kHeadSize == 256 ? 2 : kHeadSize == 128 && !kDecode ? 3 : 4;
+  static constexpr bool kQueryInRegisters = kDecode || kHeadSize <= 64;
 
   using QueryTile = Tile<kRows, kHeadSize>;
   using KeyTile = Tile<kKeys, kHeadSize>;
@@ -93,9 +93,9 @@ struct Config {
   static constexpr int kChunks = kHeadSize / 8, kPassRows = 32 / kChunks;
   static constexpr int kCopyRows = kKeys / kWarps;  // of a tile of keys, of a warp
 
-  // Narrow: what warps have to add up in the end goes where the tiles were. Padding keeps rows in different banks.
+  // Decode: what warps have to add up in the end goes where the tiles were. Padding keeps rows in different banks.
   static constexpr int kSumStride = kHeadSize + 8;
-  static_assert(!kNarrow || kKeyWarps * kRows * (kSumStride + 2) * 4 <= kSharedBytes);
+  static_assert(!kDecode || kKeyWarps * kRows * (kSumStride + 2) * 4 <= kSharedBytes);
   static_assert(kSharedBytes <= 99 * 1024);
 };
 
@@ -139,11 +139,11 @@ template <typename C>
 __device__ inline bool find_rows(const Parameters& p, Rows& r) {
   const int group = p.group.divisor;
   r.sequence = blockIdx.x, r.first = 0;
-  if constexpr (!C::kNarrow) {
+  if constexpr (!C::kDecode) {
     // Sequence s has the blocks from floor(rows before it / kRows) + s on: enough, as each sequence leaves at most one
     // block unfilled. The last blocks come first, as they see the most keys.
     const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
-    const auto first_block = [&](int s) { return static_cast<int>(int64_t{p.query_starts[s]} * group / C::kRows) + s; };
+    const auto first_block = [&](int s) { return static_cast<int>(int64_t{p.cu_seqlens_q[s]} * group / C::kRows) + s; };
     r.sequence = 0;
     for (int end = p.sequences; end - r.sequence > 1;) {
       const int middle = (r.sequence + end) / 2;
@@ -151,9 +151,9 @@ __device__ inline bool find_rows(const Parameters& p, Rows& r) {
     }
     r.first = (block - first_block(r.sequence)) * C::kRows;
   }
-  r.start = p.query_starts[r.sequence];
-  const int queries = p.query_starts[r.sequence + 1] - r.start;
-  r.context = p.context_lens[r.sequence];
+  r.start = p.cu_seqlens_q[r.sequence];
+  const int queries = p.cu_seqlens_q[r.sequence + 1] - r.start;
+  r.context = p.seqlens_k[r.sequence];
   r.offset = r.context - queries;
   r.end = min(queries * group, r.first + C::kRows);
   return r.first < r.end;
@@ -200,7 +200,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
 
   // Keys [begin, end) are all that any row sees; of their tiles, this split has [first_tile, last_tile).
   const int first_position = rows.position(p, rows.first), last_position = rows.position(p, rows.end - 1);
-  const int begin = max(0, first_position - p.window + 1);
+  const int begin = max(0, first_position - p.window_size + 1);
   const int end = spans ? end_of_spans<C::kThreads>(spans, first_position, last_position, rows.context,
                                                     reinterpret_cast<int*>(shared))
                         : last_position + 1;
@@ -285,9 +285,9 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   const int warp_last = rows.position(p, min(warp_row + C::kWarpRows, rows.end) - 1);
 
   uint32_t query[C::kQueryInRegisters ? kHeadSize / 16 : 1][kRowTiles][4];
-  float values[kRowTiles][kValueTiles][4] = {}, sums[kRowTiles][4] = {}, largest[kRowTiles][2];
+  float acc[kRowTiles][kValueTiles][4] = {}, row_sum[kRowTiles][4] = {}, row_max[kRowTiles][2];
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) largest[m][0] = largest[m][1] = -kInfinity;
+  for (int m = 0; m < kRowTiles; ++m) row_max[m][0] = row_max[m][1] = -kInfinity;
 
   for (int tile = first_tile; tile < last_tile; ++tile) {
     const unsigned char* const key_tile = next_tile(2 * tile);
@@ -300,7 +300,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
             load_matrices(query[k][m], shared + QueryTile::step(query_offset, 16 * m, 16 * k));
       }
     }
-    uint32_t weights[kKeyTiles / 2][kRowTiles][4];
+    uint32_t probs[kKeyTiles / 2][kRowTiles][4];
     float scores[kRowTiles][kKeyTiles][4] = {};
 #pragma unroll
     for (int k = 0; k < kHeadSize / 16; ++k) {
@@ -322,7 +322,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
     }
 
     const int first_key = tile * C::kKeys + warp_key;
-    if (first_key + C::kWarpKeys > warp_first + 1 || first_key <= warp_last - p.window) {  // some are not visible
+    if (first_key + C::kWarpKeys > warp_first + 1 || first_key <= warp_last - p.window_size) {  // some are not visible
       const int lane_key = first_key + lane % 4 * 2, lane_row = held(warp_row + lane / 4);
       int positions[kRowTiles][2], ids[kRowTiles][2];
 #pragma unroll
@@ -345,7 +345,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int distance = positions[m][half] - key;  // below 0: only through the span
-              if (static_cast<unsigned>(distance) >= static_cast<unsigned>(p.window) &&
+              if (static_cast<unsigned>(distance) >= static_cast<unsigned>(p.window_size) &&
                   !(spans && distance < 0 && id == ids[m][half]))
                 scores[m][n][2 * half + j] = -kInfinity;
             }
@@ -355,7 +355,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
     // Scores become weights, relative to the largest score so far; what was summed up shrinks by its growth. The
     // difference is taken before it is scaled, so that huge scores stay exact at the largest.
     bool grown = false;
-    float shrink[kRowTiles][2];
+    float rescale[kRowTiles][2];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -365,18 +365,18 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
         for (int n = 0; n < kKeyTiles; ++n) top = fmaxf(top, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
         top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
         top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-        const float before = largest[m][half];
+        const float before = row_max[m][half];
         top = fmaxf(top, before);
-        largest[m][half] = top;
+        row_max[m][half] = top;
         grown |= top != before;
         const float base = top == -kInfinity ? 0.0f : top;
-        shrink[m][half] = exp2_approx((before - base) * p.scale);
+        rescale[m][half] = exp2_approx((before - base) * p.softmax_scale);
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             float& score = scores[m][n][2 * half + j];
-            score = weight_of<T>((score - base) * p.scale);
+            score = weight_of<T>((score - base) * p.softmax_scale);
           }
       }
 #pragma unroll
@@ -385,16 +385,15 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          weights[k][m][i] =
-              held(pack<T>(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]));
+          probs[k][m][i] = held(pack<T>(scores[m][2 * k + i / 2][i % 2 * 2], scores[m][2 * k + i / 2][i % 2 * 2 + 1]));
     if (__any_sync(kAllLanes, grown)) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          sums[m][i] *= shrink[m][i / 2];
+          row_sum[m][i] *= rescale[m][i / 2];
 #pragma unroll
-          for (int n = 0; n < kValueTiles; ++n) values[m][n][i] *= shrink[m][i / 2];
+          for (int n = 0; n < kValueTiles; ++n) acc[m][n][i] *= rescale[m][i / 2];
         }
     }
 
@@ -404,7 +403,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
     for (int k = 0; k < kKeyTiles / 2; ++k) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
-        multiply_add<T>(sums[m], weights[k][m], kOnes, kOnes);  // of weights as rounded: the result is a mean
+        multiply_add<T>(row_sum[m], probs[k][m], kOnes, kOnes);  // of weights as rounded: the result is a mean
 #pragma unroll
       for (int n = 0; n < kValueTiles / 2; ++n) {
         uint32_t value[4];
@@ -412,8 +411,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-          for (int j = 0; j < 2; ++j)
-            multiply_add<T>(values[m][2 * n + j], weights[k][m], value[2 * j], value[2 * j + 1]);
+          for (int j = 0; j < 2; ++j) multiply_add<T>(acc[m][2 * n + j], probs[k][m], value[2 * j], value[2 * j + 1]);
       }
     }
   }
@@ -427,7 +425,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   };
   const int64_t split_row = blockIdx.z * p.rows;
 
-  if constexpr (C::kNarrow) {
+  if constexpr (C::kDecode) {
     // Each warp has a sum over its keys: they are added up through shared memory.
     float* const parts = reinterpret_cast<float*>(shared);
     float2* const stats = reinterpret_cast<float2*>(parts + C::kKeyWarps * C::kRows * C::kSumStride);
@@ -437,9 +435,9 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
       const int row = warp * C::kRows + 8 * half + lane / 4;
 #pragma unroll
       for (int n = 0; n < kValueTiles; ++n)
-        *reinterpret_cast<float2*>(parts + row * C::kSumStride + 8 * n + lane % 4 * 2) = {values[0][n][2 * half],
-                                                                                          values[0][n][2 * half + 1]};
-      if (lane % 4 == 0) stats[row] = {largest[0][half], sums[0][2 * half]};
+        *reinterpret_cast<float2*>(parts + row * C::kSumStride + 8 * n + lane % 4 * 2) = {acc[0][n][2 * half],
+                                                                                          acc[0][n][2 * half + 1]};
+      if (lane % 4 == 0) stats[row] = {row_max[0][half], row_sum[0][2 * half]};
     }
     __syncthreads();
     for (int i = threadIdx.x; i < (rows.end - rows.first) * C::kChunks; i += C::kThreads) {
@@ -450,7 +448,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
 #pragma unroll
       for (int w = 0; w < C::kKeyWarps; ++w) {
         const float2 stat = stats[w * C::kRows + row];
-        const float weight = stat.x == -kInfinity ? 0.0f : exp2_approx((stat.x - top) * p.scale);
+        const float weight = stat.x == -kInfinity ? 0.0f : exp2_approx((stat.x - top) * p.softmax_scale);
         sum += weight * stat.y;
         const float* const part = parts + (w * C::kRows + row) * C::kSumStride + element;
 #pragma unroll
@@ -475,12 +473,12 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float factor = 1.0f / sums[m][2 * half];
+        const float factor = 1.0f / row_sum[m][2 * half];
 #pragma unroll
         for (int n = 0; n < kValueTiles; ++n)
           *reinterpret_cast<uint32_t*>(shared +
                                        QueryTile::offset(first + 16 * m + 8 * half + lane / 4, 8 * n + lane % 4 * 2)) =
-              pack<T>(values[m][n][2 * half] * factor, values[m][n][2 * half + 1] * factor);
+              pack<T>(acc[m][n][2 * half] * factor, acc[m][n][2 * half + 1] * factor);
       }
     __syncwarp();
 #pragma unroll
@@ -501,8 +499,8 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
 #pragma unroll
         for (int n = 0; n < kValueTiles; ++n)
           *reinterpret_cast<float2*>(p.split_values + to * kHeadSize + 8 * n + lane % 4 * 2) = {
-              values[m][n][2 * half], values[m][n][2 * half + 1]};
-        if (lane % 4 == 0) p.split_stats[to] = {largest[m][half], sums[m][2 * half]};
+              acc[m][n][2 * half], acc[m][n][2 * half + 1]};
+        if (lane % 4 == 0) p.split_stats[to] = {row_max[m][half], row_sum[m][2 * half]};
       }
   }
 }
@@ -515,12 +513,12 @@ __global__ __launch_bounds__(kCombineThreads) void combine_kernel(const __grid_c
   constexpr int kChunks = kHeadSize / 8;
   const int64_t i = int64_t{blockIdx.x} * kCombineThreads + threadIdx.x, row = i / kChunks;
   // Rows beyond the last sequence's, if there are any, are nobody's.
-  if (row >= int64_t{p.query_starts[p.sequences]} * p.query_heads) return;
+  if (row >= int64_t{p.cu_seqlens_q[p.sequences]} * p.query_heads) return;
   float top = -kInfinity, sum = 0, v[8] = {};
   for (int s = 0; s < p.splits; ++s) top = fmaxf(top, p.split_stats[s * p.rows + row].x);
   for (int s = 0; s < p.splits; ++s) {
     const float2 stat = p.split_stats[s * p.rows + row];
-    const float weight = stat.x == -kInfinity ? 0.0f : exp2_approx((stat.x - top) * p.scale);
+    const float weight = stat.x == -kInfinity ? 0.0f : exp2_approx((stat.x - top) * p.softmax_scale);
     sum += weight * stat.y;
     const float4* const part =
         reinterpret_cast<const float4*>(p.split_values + (s * p.rows + row) * kHeadSize + i % kChunks * 8);
@@ -535,10 +533,10 @@ __global__ __launch_bounds__(kCombineThreads) void combine_kernel(const __grid_c
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-constexpr int kNarrowRows = 16, kWideRows = 128;
+constexpr int kDecodeRows = 16, kPrefillRows = 128;
 
 struct Plan {
-  bool narrow;
+  bool decode;
   int64_t blocks;  // of a key/value head, of a split
   int splits;
 };
@@ -547,15 +545,15 @@ struct Plan {
 Plan plan(const Attention& a) {
   Plan plan{};
   if (a.tokens == 0 || a.sequences == 0 || a.query_heads == 0) return plan;
-  const int64_t group = a.query_heads / a.key_cache.heads, queries = std::min(a.max_query_len, a.tokens);
-  plan.narrow = queries * group <= kNarrowRows;
-  plan.blocks = plan.narrow ? a.sequences : a.tokens * group / kWideRows + a.sequences;
+  const int64_t group = a.query_heads / a.key_cache.heads, queries = std::min(a.max_seqlen_q, a.tokens);
+  plan.decode = queries * group <= kDecodeRows;
+  plan.blocks = plan.decode ? a.sequences : a.tokens * group / kPrefillRows + a.sequences;
 
   // Enough splits to fill the device, if they have keys enough to be worth it: the fewest whose last round of blocks
   // leaves little of it idle.
   constexpr int kMaxSplits = 64, kMinSplitKeys = 256, kBlocksPerMultiprocessor = 2;
-  int64_t keys = a.max_context_len;
-  if (a.window > 0 && !a.spans) keys = std::min(keys, std::min<int64_t>(a.window, INT_MAX) + queries);
+  int64_t keys = a.max_seqlen_k;
+  if (a.window_size > 0 && !a.spans) keys = std::min(keys, std::min<int64_t>(a.window_size, INT_MAX) + queries);
   const int64_t slots = int64_t{current_device(kOperation).multiprocessors} * kBlocksPerMultiprocessor;
   const int64_t blocks = plan.blocks * a.key_cache.heads;
   const int64_t most = std::clamp<int64_t>(std::min(keys / kMinSplitKeys, ceil_div(slots, blocks)), 1, kMaxSplits);
@@ -577,8 +575,8 @@ void run(const Plan& plan, const Attention& a, const Parameters& p, Stream strea
     using C = decltype(config);
     launch<&attention_kernel<C>>(kOperation, grid, C::kThreads, C::kSharedBytes, stream, p);
   };
-  static_assert(Config<T, kHeadSize, true>::kRows == kNarrowRows && Config<T, kHeadSize, false>::kRows == kWideRows);
-  if (plan.narrow)
+  static_assert(Config<T, kHeadSize, true>::kRows == kDecodeRows && Config<T, kHeadSize, false>::kRows == kPrefillRows);
+  if (plan.decode)
     launch_blocks(Config<T, kHeadSize, true>{});
   else
     launch_blocks(Config<T, kHeadSize, false>{});
@@ -620,14 +618,14 @@ void attention(const Attention& a, void* workspace, Stream stream) {
   p.query = a.query, p.query_token_stride = a.query_token_stride, p.query_head_stride = a.query_head_stride;
   p.keys = cache(a.key_cache), p.values = cache(a.value_cache);
   p.block_tables = a.block_tables, p.block_table_stride = a.block_table_stride;
-  p.query_starts = a.query_starts, p.context_lens = a.context_lens;
+  p.cu_seqlens_q = a.cu_seqlens_q, p.seqlens_k = a.seqlens_k;
   p.spans = a.spans, p.span_stride = a.span_stride;
   p.group = cutlass::FastDivmod(static_cast<int>(a.query_heads / a.key_cache.heads));
   p.block_size = cutlass::FastDivmod(static_cast<int>(std::min<int64_t>(a.key_cache.block_size, INT_MAX)));
   p.sequences = static_cast<int>(a.sequences), p.query_heads = static_cast<int>(a.query_heads);
-  p.window = a.window > 0 ? static_cast<int>(std::min<int64_t>(a.window, INT_MAX)) : INT_MAX;
+  p.window_size = a.window_size > 0 ? static_cast<int>(std::min<int64_t>(a.window_size, INT_MAX)) : INT_MAX;
   p.splits = plan.splits;
-  p.scale = a.scale * 1.44269504f;
+  p.softmax_scale = a.softmax_scale * 1.44269504f;
   p.rows = a.tokens * a.query_heads;
   p.split_values = static_cast<float*>(workspace);
   p.split_stats = reinterpret_cast<float2*>(p.split_values + plan.splits * p.rows * a.key_cache.head_size);

@@ -1,7 +1,7 @@
 // y = act(x gate^T) * (x up^T): one multiplication, in whose tiles eight rows of the gate alternate with eight of up.
 
-#include "cuda/few_tokens.h"
 #include "cuda/gemm.h"
+#include "cuda/skinny_gemm.h"
 #include "cuda/sums.h"
 #include "pop/gated_linear.h"
 
@@ -47,22 +47,22 @@ using Small = Tile<64, 128, 32, 64>;
 template <typename T>
 void run(const GatedLinear& a, Stream stream) {
   GemmParameters<Gate> p{.tokens = static_cast<int>(a.tokens),
-                         .depth = static_cast<int>(a.in),
+                         .k = static_cast<int>(a.in),
                          .x = a.x,
                          .x_stride = a.x_stride,
                          .weight = a.weight,
                          .weight_stride = a.weight_stride,
                          .epilogue = {a.out, a.activation == Activation::kGeluTanh, a.y}};
-  if (a.tokens <= kFewTokens) {
+  if (a.tokens <= kSkinnyTokens) {
     p.column_tiles = ceil_div(a.out, 16);
     if (a.tokens <= 8)
-      launch_few_tokens<T, FewTokens<8, 32>>(kName, p, stream);
+      launch_skinny_gemm<T, SkinnyTile<8, 32>>(kName, p, stream);
     else if (a.tokens <= 16)
-      launch_few_tokens<T, FewTokens<16, 32>>(kName, p, stream);
+      launch_skinny_gemm<T, SkinnyTile<16, 32>>(kName, p, stream);
     else if (a.tokens <= 32)
-      launch_few_tokens<T, FewTokens<32, 32>>(kName, p, stream);
+      launch_skinny_gemm<T, SkinnyTile<32, 32>>(kName, p, stream);
     else
-      launch_few_tokens<T, FewTokens<64, 32>>(kName, p, stream);
+      launch_skinny_gemm<T, SkinnyTile<64, 32>>(kName, p, stream);
     return;
   }
   const Device device = current_device(kName);

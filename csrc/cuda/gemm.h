@@ -3,7 +3,7 @@
 // sums [tokens, rows of the weight] = x weight^T on the tensor cores, a tile at a time, each tile handed to an
 // epilogue in float32.
 //
-// Both operands lie with the depth contiguous, as mma.m16n8k16 wants them. A ring of `stages` tiles 32 deep is filled
+// Both operands lie with K contiguous, as mma.m16n8k16 wants them. A ring of `stages` tiles 32 deep is filled
 // by cp.async; ldmatrix reads it, one step of 16 ahead of the multiplications. What an epilogue is:
 //
 //   kPaired                      pairs of columns of the tile become one: columns 16 i + j and 16 i + 8 + j, j < 8,
@@ -23,17 +23,17 @@ namespace pop::cuda {
 
 template <typename Epilogue>
 struct GemmParameters {
-  int tokens, depth;  // depth: a multiple of 8
-  const void* x;      // [tokens, depth]
+  int tokens, k;  // k: a multiple of 8
+  const void* x;  // [tokens, k]
   int64_t x_stride;
-  const void* weight;  // [rows, depth]
+  const void* weight;  // [rows, k]
   int64_t weight_stride;
   Epilogue epilogue;
   int column_tiles = 0;
-  int stages = 0, split_depth = 0;  // blockIdx.y takes [y * split_depth, (y + 1) * split_depth) of the depth
+  int stages = 0, split_k = 0;  // blockIdx.y takes [y * split_k, (y + 1) * split_k) of K
 };
 
-inline constexpr int kTileDepth = 32;
+inline constexpr int kTileK = 32;
 // float32 between rows of finished sums: rows of a store, a quarter warp each, then fall into different banks.
 inline constexpr int kSumsPadding = 8;
 
@@ -50,7 +50,7 @@ struct Tile {
   static constexpr int kOutColumns = Epilogue::kPaired ? kColumns / 2 : kColumns;
   template <typename Epilogue>
   static constexpr int shared_bytes(int stages) {
-    const int ring = stages * (kRows + kColumns) * kTileDepth * 2;
+    const int ring = stages * (kRows + kColumns) * kTileK * 2;
     const int sums = kWarpRows * (kOutColumns<Epilogue> + kSumsPadding) * 4;
     return std::max(ring, sums);
   }
@@ -60,17 +60,17 @@ struct Tile {
 // that ldmatrix reads at once, or cp.async writes, lie in different banks.
 using OperandAtom = decltype(cute::composition(
     cute::Swizzle<2, 3, 3>{},
-    cute::Layout<cute::Shape<cute::_8, cute::Int<kTileDepth>>, cute::Stride<cute::Int<kTileDepth>, cute::_1>>{}));
+    cute::Layout<cute::Shape<cute::_8, cute::Int<kTileK>>, cute::Stride<cute::Int<kTileK>, cute::_1>>{}));
 
 /// Where (row, k) of an operand's tile is, in bytes.
 __device__ inline int operand_offset(int row, int k) {
-  return 2 * (row / 8 * (8 * kTileDepth) + OperandAtom{}(row % 8, k));
+  return 2 * (row / 8 * (8 * kTileK) + OperandAtom{}(row % 8, k));
 }
 
 /// One thread's part of filling an operand's tile: chunk threadIdx.x % 4 of the rows threadIdx.x / 4 + i kThreads / 4.
 template <typename T, int kRows, int kThreads>
 struct OperandLoader {
-  static constexpr int kCount = kRows * (kTileDepth / 8) / kThreads, kRowStep = kThreads / (kTileDepth / 8);
+  static constexpr int kCount = kRows * (kTileK / 8) / kThreads, kRowStep = kThreads / (kTileK / 8);
   static_assert(kCount >= 1 && kRowStep % 8 == 0);
 
   const T* next[kCount];
@@ -79,18 +79,18 @@ struct OperandLoader {
   /// row(r) is the operand's row for row r of the tile. Where there is none it may be any: its sums go nowhere.
   template <typename Row>
   __device__ OperandLoader(uint32_t ring, const void* data, int64_t stride, int begin, Row&& row) {
-    const int first = threadIdx.x / (kTileDepth / 8), k = threadIdx.x % (kTileDepth / 8) * 8;
+    const int first = threadIdx.x / (kTileK / 8), k = threadIdx.x % (kTileK / 8) * 8;
     to = held(ring + operand_offset(first, k));
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
       next[i] = static_cast<const T*>(data) + row(first + i * kRowStep) * stride + begin + k;
   }
 
-  /// Starts copies of the next 32 columns; `bytes` is 16, or 0 beyond the end of the depth.
+  /// Starts copies of the next 32 columns; `bytes` is 16, or 0 beyond the end of K.
   __device__ void fetch(uint32_t stage_offset, int bytes) {
     unrolled<kCount>([&](auto i) {
-      copy_async<i * kRowStep * kTileDepth * 2>(to + stage_offset, next[i], bytes);
-      next[i] += kTileDepth;
+      copy_async<i * kRowStep * kTileK * 2>(to + stage_offset, next[i], bytes);
+      next[i] += kTileK;
     });
   }
 };
@@ -116,22 +116,22 @@ __global__ __launch_bounds__(Tile::kThreads,
   const int column_tile = static_cast<int>(blockIdx.x) % group / height;
 
   // The ring: stages of a tile of x and one of the weight.
-  constexpr int kXBytes = Tile::kRows * kTileDepth * 2, kStageBytes = kXBytes + Tile::kColumns * kTileDepth * 2;
+  constexpr int kXBytes = Tile::kRows * kTileK * 2, kStageBytes = kXBytes + Tile::kColumns * kTileK * 2;
   const uint32_t x_ring = shared_address(shared), weight_ring = x_ring + kXBytes;
   const uint32_t ring_bytes = p.stages * kStageBytes;
-  const int begin = static_cast<int>(blockIdx.y) * p.split_depth, end = min(p.depth, begin + p.split_depth);
+  const int begin = static_cast<int>(blockIdx.y) * p.split_k, end = min(p.k, begin + p.split_k);
   OperandLoader<T, Tile::kRows, Tile::kThreads> x(x_ring, p.x, p.x_stride, begin,
                                                   [&](int r) { return int64_t{min(token0 + r, p.tokens - 1)}; });
   OperandLoader<T, Tile::kColumns, Tile::kThreads> weight(weight_ring, p.weight, p.weight_stride, begin, [&](int r) {
     return max(p.epilogue.weight_row(column_tile, Tile::kColumns, r), int64_t{0});
   });
-  const int steps = ceil_div(end - begin, kTileDepth);
-  int left = end - begin - static_cast<int>(threadIdx.x) % (kTileDepth / 8) * 8;  // of this thread's columns
+  const int steps = ceil_div(end - begin, kTileK);
+  int left = end - begin - static_cast<int>(threadIdx.x) % (kTileK / 8) * 8;  // of this thread's columns
   const auto fetch = [&](uint32_t at) {
     const int bytes = left > 0 ? 16 : 0;
     x.fetch(at, bytes);
     weight.fetch(at, bytes);
-    left -= kTileDepth;
+    left -= kTileK;
   };
   for (int stage = 0; stage < p.stages - 1; ++stage) {
     if (stage < steps) fetch(stage * kStageBytes);
@@ -150,17 +150,17 @@ __global__ __launch_bounds__(Tile::kThreads,
         held(weight_ring + operand_offset(warp_column + lane % 8 + lane / 16 * 8, 16 * half + lane / 8 % 2 * 8));
   }
   uint32_t a[2][kM][4], b[2][kN][4];
-  float sums[kM][2 * kN][4] = {};
+  float acc[kM][2 * kN][4] = {};
   const auto load = [&](int half, uint32_t at) {
-    unrolled<kM>([&](auto i) { load_matrices<i * 16 * kTileDepth * 2>(a[half][i], a_address[half] + at); });
-    unrolled<kN>([&](auto j) { load_matrices<j * 16 * kTileDepth * 2>(b[half][j], b_address[half] + at); });
+    unrolled<kM>([&](auto i) { load_matrices<i * 16 * kTileK * 2>(a[half][i], a_address[half] + at); });
+    unrolled<kN>([&](auto j) { load_matrices<j * 16 * kTileK * 2>(b[half][j], b_address[half] + at); });
   };
   const auto multiply = [&](int half) {
 #pragma unroll
     for (int i = 0; i < kM; ++i)
 #pragma unroll
       for (int j = 0; j < 2 * kN; ++j)
-        multiply_add<T>(sums[i][j], a[half][i], b[half][j / 2][j % 2 * 2], b[half][j / 2][j % 2 * 2 + 1]);
+        multiply_add<T>(acc[i][j], a[half][i], b[half][j / 2][j % 2 * 2], b[half][j / 2][j % 2 * 2 + 1]);
   };
 
   uint32_t read = 0, write = ring_bytes - kStageBytes;
@@ -196,12 +196,12 @@ __global__ __launch_bounds__(Tile::kThreads,
 #pragma unroll
             for (int j = 0; j < kN; ++j)
               *reinterpret_cast<float2*>(to + warp_column / 2 + 8 * j) = {
-                  p.epilogue.combine(sums[i][2 * j][2 * row], sums[i][2 * j + 1][2 * row]),
-                  p.epilogue.combine(sums[i][2 * j][2 * row + 1], sums[i][2 * j + 1][2 * row + 1])};
+                  p.epilogue.combine(acc[i][2 * j][2 * row], acc[i][2 * j + 1][2 * row]),
+                  p.epilogue.combine(acc[i][2 * j][2 * row + 1], acc[i][2 * j + 1][2 * row + 1])};
           } else {
 #pragma unroll
             for (int j = 0; j < 2 * kN; ++j)
-              *reinterpret_cast<float2*>(to + warp_column + 8 * j) = {sums[i][j][2 * row], sums[i][j][2 * row + 1]};
+              *reinterpret_cast<float2*>(to + warp_column + 8 * j) = {acc[i][j][2 * row], acc[i][j][2 * row + 1]};
           }
         }
     }
@@ -227,7 +227,7 @@ bool prefer_large(int64_t tokens, int column_tiles, const Device& device) {
 template <typename T, typename Tile, typename Epilogue>
 void launch_tiles(const char* operation, GemmParameters<Epilogue>& p, int splits, int stages, Stream stream) {
   p.stages = stages;
-  p.split_depth = ceil_div(ceil_div(p.depth, splits), kTileDepth) * kTileDepth;
+  p.split_k = ceil_div(ceil_div(p.k, splits), kTileK) * kTileK;
   const dim3 grid(ceil_div(p.tokens, Tile::kRows) * p.column_tiles, splits);
   launch<&tile_gemm<T, Tile, Epilogue>>(operation, grid, Tile::kThreads, Tile::template shared_bytes<Epilogue>(stages),
                                         stream, p);

@@ -1,8 +1,8 @@
 #include <bit>
 
-#include "cuda/few_tokens.h"
 #include "cuda/gemm.h"
 #include "cuda/heads.h"
+#include "cuda/skinny_gemm.h"
 #include "cuda/sums.h"
 
 namespace pop::cuda {
@@ -84,7 +84,7 @@ struct FinishHeads {
       if (is_query) {
         to = static_cast<T*>(h.query) + (int64_t{token} * h.query_heads + of_layer) * h.head_size;
       } else {
-        const int64_t slot = h.slots[token];
+        const int64_t slot = h.slot_mapping[token];
         if (slot < 0) continue;
         const int kv_head = (of_layer - h.query_heads) % h.kv_heads;
         to = is_value ? cache_row<T>(h.values, layer * h.value_layer_stride, slot, kv_head)
@@ -107,19 +107,19 @@ template <typename T>
 void run(const char* operation, GemmParameters<FinishHeads>& p, Stream stream) {
   const Heads& h = p.epilogue.h;
   const int64_t rows = int64_t{h.layers} * (h.query_heads + 2 * h.kv_heads) * h.head_size;
-  if (p.tokens <= kFewTokens) {
+  if (p.tokens <= kSkinnyTokens) {
     const int columns = std::max(h.head_size, 64);
     p.column_tiles = ceil_div(rows, columns);
     const bool very_few = p.tokens <= 16;
     if (columns == 64)
-      very_few ? launch_few_tokens<T, FewTokens<16, 64>>(operation, p, stream)
-               : launch_few_tokens<T, FewTokens<64, 64>>(operation, p, stream);
+      very_few ? launch_skinny_gemm<T, SkinnyTile<16, 64>>(operation, p, stream)
+               : launch_skinny_gemm<T, SkinnyTile<64, 64>>(operation, p, stream);
     else if (columns == 128)
-      very_few ? launch_few_tokens<T, FewTokens<16, 128>>(operation, p, stream)
-               : launch_few_tokens<T, FewTokens<64, 128>>(operation, p, stream);
+      very_few ? launch_skinny_gemm<T, SkinnyTile<16, 128>>(operation, p, stream)
+               : launch_skinny_gemm<T, SkinnyTile<64, 128>>(operation, p, stream);
     else
-      very_few ? launch_few_tokens<T, FewTokens<16, 256>>(operation, p, stream)
-               : launch_few_tokens<T, FewTokens<64, 256>>(operation, p, stream);
+      very_few ? launch_skinny_gemm<T, SkinnyTile<16, 256>>(operation, p, stream)
+               : launch_skinny_gemm<T, SkinnyTile<64, 256>>(operation, p, stream);
     return;
   }
   const Device device = current_device(operation);
@@ -139,15 +139,15 @@ void run(const char* operation, GemmParameters<FinishHeads>& p, Stream stream) {
 
 }  // namespace
 
-void project_heads(const char* operation, DType dtype, int64_t tokens, int64_t depth, const void* x, int64_t x_stride,
+void project_heads(const char* operation, DType dtype, int64_t tokens, int64_t k, const void* x, int64_t x_stride,
                    const void* weight, const Heads& h, Stream stream) {
   const auto block_size = static_cast<uint64_t>(h.keys.block_size);
   GemmParameters<FinishHeads> p{.tokens = static_cast<int>(tokens),
-                                .depth = static_cast<int>(depth),
+                                .k = static_cast<int>(k),
                                 .x = x,
                                 .x_stride = x_stride,
                                 .weight = weight,
-                                .weight_stride = depth,
+                                .weight_stride = k,
                                 .epilogue = {h, std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1}};
   dtype == DType::kBFloat16 ? run<bf16>(operation, p, stream) : run<fp16>(operation, p, stream);
 }

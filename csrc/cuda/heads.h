@@ -16,16 +16,16 @@ struct Heads {
   const float* q_norm;     // [head_size]
   const float* k_norm;     // [layers, head_size]
   float eps;
-  const float *cos, *sin;     // [ropes, tokens, head_size / 2]
-  const int32_t* rope_index;  // [layers]; null: rope 0
-  const int64_t* slots;       // [tokens], -1: not written
-  void* query;                // [tokens, query_heads, head_size]
-  PagedCache keys, values;    // of the first layer
+  const float *cos, *sin;       // [ropes, tokens, head_size / 2]
+  const int32_t* rope_index;    // [layers]; null: rope 0
+  const int64_t* slot_mapping;  // [tokens], -1: not written
+  void* query;                  // [tokens, query_heads, head_size]
+  PagedCache keys, values;      // of the first layer
   int64_t key_layer_stride, value_layer_stride;
 };
 
-/// Multiplies x [tokens, depth] by the weight [heads * head_size, depth], contiguous, and hands the heads on.
-void project_heads(const char* operation, DType dtype, int64_t tokens, int64_t depth, const void* x, int64_t x_stride,
+/// Multiplies x [tokens, k] by the weight [heads * head_size, k], contiguous, and hands the heads on.
+void project_heads(const char* operation, DType dtype, int64_t tokens, int64_t k, const void* x, int64_t x_stride,
                    const void* weight, const Heads&, Stream);
 
 }  // namespace pop::cuda

@@ -1,7 +1,7 @@
-// y = x weight^T (+ bias) (+ residual): by tiles, for few tokens, or with the depth split over blocks.
+// y = x weight^T (+ bias) (+ residual): by tiles, for few tokens, or with K split over blocks.
 
-#include "cuda/few_tokens.h"
 #include "cuda/gemm.h"
+#include "cuda/skinny_gemm.h"
 #include "cuda/sums.h"
 #include "pop/linear.h"
 
@@ -18,7 +18,7 @@ struct Store {
   int64_t residual_stride;
   void* y;
   bool y_is_float32;
-  float* partial;  // [splits, tokens, columns] where the depth is split, else null
+  float* partial;  // [splits, tokens, columns] where K is split, else null
 
   __device__ int64_t weight_row(int tile, int width, int r) const {
     const int64_t row = int64_t{tile} * width + r;
@@ -93,9 +93,9 @@ __global__ void combine_splits(const __grid_constant__ CombineParameters p) {
 using Large = Tile<128, 128, 64, 64>;
 using Small = Tile<64, 128, 32, 64>;
 
-/// Into how many parts the depth goes: as many as fill the device with tiles, each at least 512 deep.
+/// Into how many parts K goes: as many as fill the device with tiles, each at least 512 deep.
 int splits(const Linear& a, const Device& device) {
-  if (a.tokens <= kFewTokens || a.out % 8) return 1;
+  if (a.tokens <= kSkinnyTokens || a.out % 8) return 1;
   const int64_t tiles = int64_t{ceil_div(a.tokens, Small::kRows)} * ceil_div(a.out, Small::kColumns);
   return static_cast<int>(std::clamp<int64_t>(std::min(device.multiprocessors * 2 / tiles, a.in / 512), 1, 16));
 }
@@ -103,22 +103,22 @@ int splits(const Linear& a, const Device& device) {
 template <typename T>
 void run(const Linear& a, void* workspace, Stream stream) {
   GemmParameters<Store> p{.tokens = static_cast<int>(a.tokens),
-                          .depth = static_cast<int>(a.in),
+                          .k = static_cast<int>(a.in),
                           .x = a.x,
                           .x_stride = a.x_stride,
                           .weight = a.weight,
                           .weight_stride = a.weight_stride,
                           .epilogue = {a.out, a.bias, a.residual, a.residual_stride, a.y, a.y_is_float32, nullptr}};
-  if (a.tokens <= kFewTokens) {
+  if (a.tokens <= kSkinnyTokens) {
     p.column_tiles = ceil_div(a.out, a.tokens <= 16 ? 16 : 32);
     if (a.tokens <= 8)
-      launch_few_tokens<T, FewTokens<8, 16>>(kName, p, stream);
+      launch_skinny_gemm<T, SkinnyTile<8, 16>>(kName, p, stream);
     else if (a.tokens <= 16)
-      launch_few_tokens<T, FewTokens<16, 16>>(kName, p, stream);
+      launch_skinny_gemm<T, SkinnyTile<16, 16>>(kName, p, stream);
     else if (a.tokens <= 32)
-      launch_few_tokens<T, FewTokens<32, 32>>(kName, p, stream);
+      launch_skinny_gemm<T, SkinnyTile<32, 32>>(kName, p, stream);
     else
-      launch_few_tokens<T, FewTokens<64, 32>>(kName, p, stream);
+      launch_skinny_gemm<T, SkinnyTile<64, 32>>(kName, p, stream);
     return;
   }
   const Device device = current_device(kName);

@@ -50,7 +50,7 @@ void project_kv(const ProjectKv& a, void* workspace, Stream stream) {
                     .cos = a.cos,
                     .sin = a.sin,
                     .rope_index = a.rope_index,
-                    .slots = a.slots,
+                    .slot_mapping = a.slot_mapping,
                     .query = nullptr,
                     .keys = a.key_caches,
                     .values = a.value_caches,

@@ -17,7 +17,7 @@ void qkv_project(const QkvProject& a, Stream stream) {
                     .cos = a.cos,
                     .sin = a.sin,
                     .rope_index = nullptr,
-                    .slots = a.slots,
+                    .slot_mapping = a.slot_mapping,
                     .query = a.query,
                     .keys = a.key_cache,
                     .values = a.value_cache,

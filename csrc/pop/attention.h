@@ -4,9 +4,9 @@
 
 namespace pop {
 
-/// Causal grouped-query attention over a paged cache. Sequence s has the queries [query_starts[s], query_starts[s +
-/// 1]), which are the last of its context_lens[s] tokens; query i of the context sees key j iff (j <= i, or both carry
-/// the same span id >= 0) and (window == 0 or j > i - window).
+/// Causal grouped-query attention over a paged cache. Sequence s has the queries [cu_seqlens_q[s], cu_seqlens_q[s +
+/// 1]), which are the last of its seqlens_k[s] tokens; query i of the context sees key j iff (j <= i, or both carry
+/// the same span id >= 0) and (window_size == 0 or j > i - window_size).
 struct Attention {
   DType dtype;
   int64_t tokens, sequences, query_heads;
@@ -15,12 +15,12 @@ struct Attention {
   PagedCache key_cache, value_cache;
   const int32_t* block_tables;  // [sequences, >= blocks of the longest context]
   int64_t block_table_stride;
-  const int32_t* query_starts;  // [sequences + 1]
-  const int32_t* context_lens;  // [sequences]
-  int64_t max_query_len, max_context_len;
-  float scale;
-  int64_t window;
-  const int32_t* spans;  // [sequences, >= max_context_len] or null
+  const int32_t* cu_seqlens_q;  // [sequences + 1]
+  const int32_t* seqlens_k;     // [sequences]
+  int64_t max_seqlen_q, max_seqlen_k;
+  float softmax_scale;
+  int64_t window_size;
+  const int32_t* spans;  // [sequences, >= max_seqlen_k] or null
   int64_t span_stride;
   void* out;  // [tokens, query_heads, head_size], contiguous
 };

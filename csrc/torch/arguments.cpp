@@ -263,7 +263,7 @@ Call<GatedLinear> gated_linear(const Backend& backend, const Tensor& x, const Te
 
 Call<QkvProject> qkv_project(const Backend& backend, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& q_norm, const OptionalTensor& k_norm, double eps, const Tensor& cos,
-                             const Tensor& sin, const Tensor& slots, const Tensor& key_cache,
+                             const Tensor& sin, const Tensor& slot_mapping, const Tensor& key_cache,
                              const Tensor& value_cache) {
   Checker check("qkv_project", backend);
   check.multiplied("x", x);
@@ -289,20 +289,20 @@ Call<QkvProject> qkv_project(const Backend& backend, const Tensor& x, const Tens
   const float* k_gain = check.optional<float>("k_norm", k_norm, ScalarType::Float, {keys.head_size}, "[E]");
   check.tensor("cos", cos, ScalarType::Float, {tokens, keys.head_size / 2}, "[T, E / 2]", true);
   check.tensor("sin", sin, ScalarType::Float, {tokens, keys.head_size / 2}, "[T, E / 2]", true);
-  check.tensor("slots", slots, ScalarType::Long, {tokens}, "[T]", true);
+  check.tensor("slot_mapping", slot_mapping, ScalarType::Long, {tokens}, "[T]", true);
   const float epsilon = check.eps(eps);
   Tensor query = check.empty("x", {tokens, query_heads, keys.head_size}, check.scalar());
   return {{check.dtype(), tokens, in, query_heads, x.const_data_ptr(), x.stride(0), weight.const_data_ptr(), bias_data,
            q_gain, k_gain, epsilon, static_cast<const float*>(cos.const_data_ptr()),
-           static_cast<const float*>(sin.const_data_ptr()), static_cast<const int64_t*>(slots.const_data_ptr()), keys,
-           values, query.mutable_data_ptr()},
+           static_cast<const float*>(sin.const_data_ptr()), static_cast<const int64_t*>(slot_mapping.const_data_ptr()),
+           keys, values, query.mutable_data_ptr()},
           query};
 }
 
 Call<Attention> attention(const Backend& backend, const Tensor& query, const Tensor& key_cache,
-                          const Tensor& value_cache, const Tensor& block_tables, const Tensor& query_starts,
-                          const Tensor& context_lens, int64_t max_query_len, int64_t max_context_len, double scale,
-                          int64_t window, const OptionalTensor& spans) {
+                          const Tensor& value_cache, const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                          const Tensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
+                          int64_t window_size, const OptionalTensor& spans) {
   Checker check("attention", backend);
   check.multiplied("query", query);
   check.tensor("query", query, check.scalar(), {kAny, kAny, kAny}, "[T, Hq, E]");
@@ -317,21 +317,20 @@ Call<Attention> attention(const Backend& backend, const Tensor& query, const Ten
                   "key_cache's [blocks, block_size, Hkv, E]");
   check.require(query_heads > 0 && query_heads % keys.heads == 0, "query's number of heads Hq", query_heads,
                 "a multiple of key_cache's number of heads Hkv");
-  check.tensor("context_lens", context_lens, ScalarType::Int, {kAny}, "[S]", true);
-  const int64_t sequences = context_lens.size(0);
-  check.tensor("query_starts", query_starts, ScalarType::Int, {sequences + 1}, "[S + 1]", true);
+  check.tensor("seqlens_k", seqlens_k, ScalarType::Int, {kAny}, "[S]", true);
+  const int64_t sequences = seqlens_k.size(0);
+  check.tensor("cu_seqlens_q", cu_seqlens_q, ScalarType::Int, {sequences + 1}, "[S + 1]", true);
   check.tensor("block_tables", block_tables, ScalarType::Int, {sequences, kAny}, "[S, blocks of a sequence]");
-  check.require(max_query_len >= 0, "max_query_len", max_query_len, "0 or more");
-  check.require(max_context_len >= 0, "max_context_len", max_context_len, "0 or more");
-  check.require(max_context_len <= block_tables.size(1) * keys.block_size || sequences == 0, "max_context_len",
-                max_context_len, "at most block_tables' columns times block_size");
-  check.require(window >= 0, "window", window, "0 (none) or more");
-  const float factor = check.positive("scale", scale);
+  check.require(max_seqlen_q >= 0, "max_seqlen_q", max_seqlen_q, "0 or more");
+  check.require(max_seqlen_k >= 0, "max_seqlen_k", max_seqlen_k, "0 or more");
+  check.require(max_seqlen_k <= block_tables.size(1) * keys.block_size || sequences == 0, "max_seqlen_k", max_seqlen_k,
+                "at most block_tables' columns times block_size");
+  check.require(window_size >= 0, "window_size", window_size, "0 (none) or more");
+  const float factor = check.positive("softmax_scale", softmax_scale);
   const int32_t* span_data = nullptr;
   if (spans) {
     check.tensor("spans", *spans, ScalarType::Int, {sequences, kAny}, "[S, tokens]");
-    check.require(spans->size(1) >= max_context_len, "spans' number of columns", spans->size(1),
-                  "max_context_len or more");
+    check.require(spans->size(1) >= max_seqlen_k, "spans' number of columns", spans->size(1), "max_seqlen_k or more");
     span_data = static_cast<const int32_t*>(spans->const_data_ptr());
   }
   Tensor out = check.empty("query", {tokens, query_heads, head_size}, check.scalar());
@@ -346,12 +345,12 @@ Call<Attention> attention(const Backend& backend, const Tensor& query, const Ten
            values,
            static_cast<const int32_t*>(block_tables.const_data_ptr()),
            block_tables.stride(0),
-           static_cast<const int32_t*>(query_starts.const_data_ptr()),
-           static_cast<const int32_t*>(context_lens.const_data_ptr()),
-           max_query_len,
-           max_context_len,
+           static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr()),
+           static_cast<const int32_t*>(seqlens_k.const_data_ptr()),
+           max_seqlen_q,
+           max_seqlen_k,
            factor,
-           window,
+           window_size,
            span_data,
            spans ? spans->stride(0) : 0,
            out.mutable_data_ptr()},
@@ -360,7 +359,7 @@ Call<Attention> attention(const Backend& backend, const Tensor& query, const Ten
 
 ProjectKv project_kv(const Backend& backend, const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& k_norm, double eps, const Tensor& cos, const Tensor& sin,
-                     const Tensor& rope_index, const Tensor& slots, const Tensor& key_caches,
+                     const Tensor& rope_index, const Tensor& slot_mapping, const Tensor& key_caches,
                      const Tensor& value_caches) {
   Checker check("project_kv", backend);
   check.multiplied("hidden", hidden);
@@ -388,7 +387,7 @@ ProjectKv project_kv(const Backend& backend, const Tensor& hidden, const Tensor&
                true);
   check.require(cos.size(0) > 0, "cos' number of ropes", cos.size(0), "1 or more");
   check.tensor("rope_index", rope_index, ScalarType::Int, {layers}, "[R]", true);
-  check.tensor("slots", slots, ScalarType::Long, {tokens}, "[T]", true);
+  check.tensor("slot_mapping", slot_mapping, ScalarType::Long, {tokens}, "[T]", true);
   return {check.dtype(),
           tokens,
           in,
@@ -402,7 +401,7 @@ ProjectKv project_kv(const Backend& backend, const Tensor& hidden, const Tensor&
           static_cast<const float*>(cos.const_data_ptr()),
           static_cast<const float*>(sin.const_data_ptr()),
           static_cast<const int32_t*>(rope_index.const_data_ptr()),
-          static_cast<const int64_t*>(slots.const_data_ptr()),
+          static_cast<const int64_t*>(slot_mapping.const_data_ptr()),
           keys,
           values,
           key_caches.stride(0),

@@ -51,17 +51,17 @@ Call<GatedLinear> gated_linear(const Backend&, const Tensor& x, const Tensor& ga
 
 Call<QkvProject> qkv_project(const Backend&, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& q_norm, const OptionalTensor& k_norm, double eps, const Tensor& cos,
-                             const Tensor& sin, const Tensor& slots, const Tensor& key_cache,
+                             const Tensor& sin, const Tensor& slot_mapping, const Tensor& key_cache,
                              const Tensor& value_cache);
 
 Call<Attention> attention(const Backend&, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                          const Tensor& block_tables, const Tensor& query_starts, const Tensor& context_lens,
-                          int64_t max_query_len, int64_t max_context_len, double scale, int64_t window,
+                          const Tensor& block_tables, const Tensor& cu_seqlens_q, const Tensor& seqlens_k,
+                          int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, int64_t window_size,
                           const OptionalTensor& spans);
 
 ProjectKv project_kv(const Backend&, const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& k_norm, double eps, const Tensor& cos, const Tensor& sin,
-                     const Tensor& rope_index, const Tensor& slots, const Tensor& key_caches,
+                     const Tensor& rope_index, const Tensor& slot_mapping, const Tensor& key_caches,
                      const Tensor& value_caches);
 
 [[noreturn]] void fail(const std::string& message);

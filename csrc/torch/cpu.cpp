@@ -34,23 +34,23 @@ void require(bool condition, const Parts&... parts) {
 
 // What lies in the index tensors can be looked at here, without waiting for a device.
 
-void check_slots(const char* operation, const int64_t* slots, int64_t tokens, const PagedCache& cache) {
+void check_slots(const char* operation, const int64_t* slot_mapping, int64_t tokens, const PagedCache& cache) {
   for (int64_t t = 0; t < tokens; ++t)
-    require(slots[t] >= -1 && slots[t] < cache.blocks * cache.block_size, "pop::", operation, ": slots[", t, "] is ",
-            slots[t],
+    require(slot_mapping[t] >= -1 && slot_mapping[t] < cache.blocks * cache.block_size, "pop::", operation,
+            ": slot_mapping[", t, "] is ", slot_mapping[t],
             ", expected -1 (no write) or a slot below blocks * block_size = ", cache.blocks * cache.block_size);
 }
 
 void check_sequences(const Attention& a) {
-  require(a.query_starts[0] == 0, "pop::attention: query_starts[0] is ", a.query_starts[0], ", expected 0");
-  require(a.query_starts[a.sequences] == a.tokens, "pop::attention: query_starts[", a.sequences, "] is ",
-          a.query_starts[a.sequences], ", expected query's number of tokens ", a.tokens);
+  require(a.cu_seqlens_q[0] == 0, "pop::attention: cu_seqlens_q[0] is ", a.cu_seqlens_q[0], ", expected 0");
+  require(a.cu_seqlens_q[a.sequences] == a.tokens, "pop::attention: cu_seqlens_q[", a.sequences, "] is ",
+          a.cu_seqlens_q[a.sequences], ", expected query's number of tokens ", a.tokens);
   for (int64_t s = 0; s < a.sequences; ++s) {
-    const int64_t queries = int64_t{a.query_starts[s + 1]} - a.query_starts[s], context = a.context_lens[s];
-    require(queries >= 0 && queries <= a.max_query_len, "pop::attention: query_starts give sequence ", s, " ", queries,
-            " queries, expected 0 to max_query_len = ", a.max_query_len);
-    require(context >= queries && context <= a.max_context_len, "pop::attention: context_lens[", s, "] is ", context,
-            ", expected at least its ", queries, " queries and at most max_context_len = ", a.max_context_len);
+    const int64_t queries = int64_t{a.cu_seqlens_q[s + 1]} - a.cu_seqlens_q[s], context = a.seqlens_k[s];
+    require(queries >= 0 && queries <= a.max_seqlen_q, "pop::attention: cu_seqlens_q give sequence ", s, " ", queries,
+            " queries, expected 0 to max_seqlen_q = ", a.max_seqlen_q);
+    require(context >= queries && context <= a.max_seqlen_k, "pop::attention: seqlens_k[", s, "] is ", context,
+            ", expected at least its ", queries, " queries and at most max_seqlen_k = ", a.max_seqlen_k);
     for (int64_t b = 0; b * a.key_cache.block_size < context; ++b) {
       const int32_t block = a.block_tables[s * a.block_table_stride + b];
       require(block >= 0 && block < a.key_cache.blocks, "pop::attention: block_tables[", s, ", ", b, "] is ", block,
@@ -79,31 +79,31 @@ Tensor gated_linear(const Tensor& x, const Tensor& gate_up_weight, const std::st
 }
 
 Tensor qkv_project(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& q_norm,
-                   const OptionalTensor& k_norm, double eps, const Tensor& cos, const Tensor& sin, const Tensor& slots,
-                   const Tensor& key_cache, const Tensor& value_cache) {
-  auto [p, query] =
-      arguments::qkv_project(kCpu, x, weight, bias, q_norm, k_norm, eps, cos, sin, slots, key_cache, value_cache);
-  check_slots("qkv_project", p.slots, p.tokens, p.key_cache);
+                   const OptionalTensor& k_norm, double eps, const Tensor& cos, const Tensor& sin,
+                   const Tensor& slot_mapping, const Tensor& key_cache, const Tensor& value_cache) {
+  auto [p, query] = arguments::qkv_project(kCpu, x, weight, bias, q_norm, k_norm, eps, cos, sin, slot_mapping,
+                                           key_cache, value_cache);
+  check_slots("qkv_project", p.slot_mapping, p.tokens, p.key_cache);
   cpu::qkv_project(p, torch_threads());
   return query;
 }
 
 Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
-                 const Tensor& query_starts, const Tensor& context_lens, int64_t max_query_len, int64_t max_context_len,
-                 double scale, int64_t window, const OptionalTensor& spans) {
-  auto [p, out] = arguments::attention(kCpu, query, key_cache, value_cache, block_tables, query_starts, context_lens,
-                                       max_query_len, max_context_len, scale, window, spans);
+                 const Tensor& cu_seqlens_q, const Tensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                 double softmax_scale, int64_t window_size, const OptionalTensor& spans) {
+  auto [p, out] = arguments::attention(kCpu, query, key_cache, value_cache, block_tables, cu_seqlens_q, seqlens_k,
+                                       max_seqlen_q, max_seqlen_k, softmax_scale, window_size, spans);
   check_sequences(p);
   cpu::attention(p, torch_threads());
   return out;
 }
 
 void project_kv(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& k_norm,
-                double eps, const Tensor& cos, const Tensor& sin, const Tensor& rope_index, const Tensor& slots,
+                double eps, const Tensor& cos, const Tensor& sin, const Tensor& rope_index, const Tensor& slot_mapping,
                 const Tensor& key_caches, const Tensor& value_caches) {
-  const ProjectKv p = arguments::project_kv(kCpu, hidden, weight, bias, k_norm, eps, cos, sin, rope_index, slots,
+  const ProjectKv p = arguments::project_kv(kCpu, hidden, weight, bias, k_norm, eps, cos, sin, rope_index, slot_mapping,
                                             key_caches, value_caches);
-  check_slots("project_kv", p.slots, p.tokens, p.key_caches);
+  check_slots("project_kv", p.slot_mapping, p.tokens, p.key_caches);
   for (int64_t l = 0; l < p.layers; ++l)
     require(p.rope_index[l] >= 0 && p.rope_index[l] < cos.size(0), "pop::project_kv: rope_index[", l, "] is ",
             p.rope_index[l], ", expected 0 to cos' number of ropes less one, ", cos.size(0) - 1);
@@ -121,16 +121,16 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("gated_linear(Tensor x, Tensor gate_up_weight, str activation) -> Tensor");
   m.def(
       "qkv_project(Tensor x, Tensor weight, Tensor? bias, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cos, "
-      "Tensor sin, Tensor slots, "
+      "Tensor sin, Tensor slot_mapping, "
       "Tensor(a!) key_cache, Tensor(b!) value_cache) -> Tensor");
   m.def(
-      "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor query_starts, Tensor "
-      "context_lens, "
-      "int max_query_len, int max_context_len, float scale, int window=0, Tensor? spans=None) -> Tensor");
+      "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor cu_seqlens_q, Tensor "
+      "seqlens_k, "
+      "int max_seqlen_q, int max_seqlen_k, float softmax_scale, int window_size=0, Tensor? spans=None) -> Tensor");
   m.def(
       "project_kv(Tensor hidden, Tensor weight, Tensor? bias, Tensor? k_norm, float eps, Tensor cos, Tensor sin, "
       "Tensor rope_index, "
-      "Tensor slots, Tensor(a!) key_caches, Tensor(b!) value_caches) -> ()");
+      "Tensor slot_mapping, Tensor(a!) key_caches, Tensor(b!) value_caches) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) {

@@ -1,6 +1,6 @@
 // The operations on CUDA tensors: libpop_cuda.so, which Python loads only where there is a CUDA runtime.
 //
-// On the software CUDA device the runtime is csrc/emulator's, and tensors are the CPU's: device memory is host memory.
+// On the software CUDA device the runtime is tools/ptx-emulator/src's, and tensors are the CPU's: device memory is host memory.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -124,10 +124,10 @@ Tensor gated_linear(const Tensor& x, const Tensor& gate_up_weight, const std::st
 }
 
 Tensor qkv_project(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& q_norm,
-                   const OptionalTensor& k_norm, double eps, const Tensor& cos, const Tensor& sin, const Tensor& slots,
-                   const Tensor& key_cache, const Tensor& value_cache) {
-  auto [p, query] =
-      arguments::qkv_project(backend(), x, weight, bias, q_norm, k_norm, eps, cos, sin, slots, key_cache, value_cache);
+                   const OptionalTensor& k_norm, double eps, const Tensor& cos, const Tensor& sin,
+                   const Tensor& slot_mapping, const Tensor& key_cache, const Tensor& value_cache) {
+  auto [p, query] = arguments::qkv_project(backend(), x, weight, bias, q_norm, k_norm, eps, cos, sin, slot_mapping,
+                                           key_cache, value_cache);
   const Current current(x);
   introduce(query, "query");
   cuda::qkv_project(p, current.stream());
@@ -135,10 +135,10 @@ Tensor qkv_project(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 }
 
 Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
-                 const Tensor& query_starts, const Tensor& context_lens, int64_t max_query_len, int64_t max_context_len,
-                 double scale, int64_t window, const OptionalTensor& spans) {
-  auto [p, out] = arguments::attention(backend(), query, key_cache, value_cache, block_tables, query_starts,
-                                       context_lens, max_query_len, max_context_len, scale, window, spans);
+                 const Tensor& cu_seqlens_q, const Tensor& seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                 double softmax_scale, int64_t window_size, const OptionalTensor& spans) {
+  auto [p, out] = arguments::attention(backend(), query, key_cache, value_cache, block_tables, cu_seqlens_q, seqlens_k,
+                                       max_seqlen_q, max_seqlen_k, softmax_scale, window_size, spans);
   const Current current(query);
   introduce(out, "out");
   const Workspace workspace(query, cuda::attention_workspace(p));
@@ -147,10 +147,10 @@ Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& val
 }
 
 void project_kv(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& k_norm,
-                double eps, const Tensor& cos, const Tensor& sin, const Tensor& rope_index, const Tensor& slots,
+                double eps, const Tensor& cos, const Tensor& sin, const Tensor& rope_index, const Tensor& slot_mapping,
                 const Tensor& key_caches, const Tensor& value_caches) {
-  const ProjectKv p = arguments::project_kv(backend(), hidden, weight, bias, k_norm, eps, cos, sin, rope_index, slots,
-                                            key_caches, value_caches);
+  const ProjectKv p = arguments::project_kv(backend(), hidden, weight, bias, k_norm, eps, cos, sin, rope_index,
+                                            slot_mapping, key_caches, value_caches);
   const Current current(hidden);
   const Workspace workspace(hidden, cuda::project_kv_workspace(p));
   cuda::project_kv(p, workspace.data(), current.stream());

@@ -1,0 +1,1 @@
+"""Calibration, importance and evaluation of a model."""

@@ -1,0 +1,100 @@
+"""What POP is compared with: layers taken out of prefill and decode alike, and prompts whose tokens the deep layers do
+not see at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
+
+from ..runtime.forward_batch import ForwardBatch
+from ..runtime.generation import Model
+from ..runtime.kv_cache import BLOCK_SIZE, KVCache
+from ..vision.spans import ImageSpan
+
+
+def without_layers(model: Model, removed: range | list[int]) -> Model:
+    """A model that shares `model`'s weights but lacks some layers for all tokens; positions are unchanged."""
+    kept = [index for index in range(model.spec.num_layers) if index not in removed]
+    spec, weights, variant = model.spec, model.weights, copy.copy(model)
+    variant.spec = replace(
+        spec,
+        num_layers=len(kept),
+        windows=tuple(spec.windows[index] for index in kept),
+        rope_index=tuple(spec.rope_index[index] for index in kept),
+    )
+    bias = weights.projection_bias
+    variant.weights = replace(
+        weights,
+        layers=[weights.layers[index] for index in kept],
+        projection=weights.projection[kept],
+        projection_bias=None if bias is None else bias[kept],
+    )
+    variant.rope_index = model.rope_index[kept]
+    variant.k_norms = None if model.k_norms is None else model.k_norms[kept]
+    variant.calibration, variant.prefill_depth = None, 1.0
+    variant.cache = KVCache(len(kept), spec.num_kv_heads, spec.head_dim, model.max_cache_tokens, model.dtype)
+    return variant
+
+
+class SpeedBaseline(Model):
+    """`model` with deep layers that see anchor, boundary and generated tokens only: nothing is projected (the inference
+    of SPEED, arXiv 2605.06105, on a model that was not trained for it). One conversation of one turn at a time.
+    """
+
+    def __init__(self, model: Model):
+        self.__dict__.update(vars(model), calibration=None)
+        self._hidden, self._depth = range(0), model.spec.num_layers  # positions that layers from _depth up do not see
+
+    def _turn(self, sequences, prompts, name, depth, times, visuals=None, *, deep=False, all_logits=False) -> Tensor:
+        if not deep:
+            (sequence,), (prompt,) = sequences, prompts
+            if sequence.token_ids:
+                raise ValueError("a second turn, expected a new conversation")
+            self._hidden = range(self.anchor_tokens, len(prompt) - self.boundary_tokens)
+            self._depth = min(depth, self.spec.num_layers - 1)
+        return super()._turn(sequences, prompts, name, depth, times, visuals, deep=deep, all_logits=all_logits)
+
+    def _project(self, depth, hidden, before, batch, slot_mapping) -> None:
+        pass
+
+    def _attention(self, index: int, query: Tensor, batch: ForwardBatch) -> Tensor:
+        if index < self._depth or not self._hidden:
+            return super()._attention(index, query, batch)
+        keys, values = (pool.flatten(0, 1) for pool in self.cache.layers[index])
+        window, results = self.spec.windows[index], []
+        for run, rows in enumerate(query.split(batch.cu_seqlens_q.diff().tolist())):
+            end = int(batch.seqlens_k[run])
+            seen = torch.tensor([i for i in range(end) if i not in self._hidden])
+            slot_mapping = batch.block_tables[run, seen // BLOCK_SIZE].long() * BLOCK_SIZE + seen % BLOCK_SIZE
+            distance = torch.arange(end - len(rows), end)[:, None] - seen
+            mask = (distance >= 0) & (distance < (window or math.inf))
+            result = scaled_dot_product_attention(
+                *(x.transpose(0, 1)[None] for x in (rows, keys[slot_mapping], values[slot_mapping])),
+                attn_mask=mask,
+                scale=self.spec.attention_scale,
+                enable_gqa=True,
+            )
+            results.append(result[0].transpose(0, 1))
+        return torch.cat(results)
+
+
+def layer_similarity(
+    model: Model, windows: list[list[int]], visuals: list[list[ImageSpan]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the layer-removing methods choose by: the block influence [L] of every layer, `1 - E cos(h_l, h_l+1)`
+    (ShortGPT, arXiv 2403.03853), and the angular distance [L + 1, L + 1] from h_i to h_j at the windows' last tokens,
+    `arccos(cos(h_i, h_j)) / pi` (Gromov et al., arXiv 2403.17887), each the mean over `windows`.
+    """
+    influence, angles = 0.0, 0.0
+    for window, images in zip(windows, visuals or [[]] * len(windows), strict=True):
+        hidden = torch.stack([h.float() for h in model.hidden_states([window], [images])])  # [L + 1, T, D]
+        influence += 1 - cosine_similarity(hidden[:-1], hidden[1:], dim=-1).mean(-1)
+        last = hidden[:, -1]
+        angles += cosine_similarity(last[:, None], last, dim=-1).clamp(-1, 1).arccos() / math.pi
+    return influence / len(windows), angles / len(windows)

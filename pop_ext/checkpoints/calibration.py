@@ -1,0 +1,91 @@
+"""Calibration files: the projections that `pop calibrate` fitted for one model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import atomic_write
+from .tensors import open_safetensors
+
+FORMAT = "pop-calibration-2"
+
+
+class CalibrationError(ValueError):
+    """A calibration file is damaged, of another model, or without the depth asked for."""
+
+
+@dataclass
+class Calibration:
+    """Projections of one model for some prefill depths.
+
+    projections: prefill depth P -> [L - P, 2 Hkv E, D + rank], the input norm's gain folded in, as `project_kv` takes
+        them for rows [x_t, z_t].
+    features: P -> A [rank, D], z_t = A x_(t-1); rank may be 0.
+    provenance: fingerprint of the model, tokens, window and, by depth, penalty and errors.
+    """
+
+    projections: dict[int, Tensor]
+    features: dict[int, Tensor]
+    provenance: dict
+
+    @property
+    def depths(self) -> list[int]:
+        return sorted(self.projections)
+
+    def at(self, depth: int) -> tuple[Tensor, Tensor]:
+        """Projections [L - P, 2 Hkv E, D + rank] and features [rank, D] of a prefill depth; CalibrationError if it is
+        none of these.
+        """
+        if depth not in self.projections:
+            depths = ", ".join(map(str, self.depths))
+            raise CalibrationError(f"prefill_depth is {depth} layers, but the calibration was made for {depths}")
+        return self.projections[depth], self.features[depth]
+
+    def check(self, model) -> None:
+        """CalibrationError unless it was made for this model's weights."""
+        if self.provenance["fingerprint"] != model.fingerprint():
+            raise CalibrationError("the calibration was made for another model: its fingerprint differs")
+
+    def save(self, path: str | Path) -> None:
+        tensors = {f"projection.{depth}": tensor.contiguous() for depth, tensor in self.projections.items()}
+        tensors |= {f"features.{depth}": tensor.contiguous() for depth, tensor in self.features.items()}
+        metadata = {"format": FORMAT, "provenance": json.dumps(self.provenance)}
+        atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, spec, dtype: torch.dtype) -> Calibration:
+        """Reads a file for a model of `spec`, in `dtype`. CalibrationError says what is wrong with it."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such calibration file")
+        try:
+            with open_safetensors(path) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"not a calibration of this version ({FORMAT})")
+                provenance = json.loads(metadata["provenance"])
+                names = [name.split(".") for name in file.keys()]  # noqa: SIM118
+                depths = [int(depth) for kind, depth in names if kind == "projection"]
+                projections, features = (
+                    {depth: file.get_tensor(f"{kind}.{depth}").to(dtype) for depth in depths}
+                    for kind in ("projection", "features")
+                )
+            rows = 2 * spec.num_kv_heads * spec.head_dim
+            for depth in depths:
+                rank = len(features[depth])
+                shapes = [rank, spec.hidden_size], [spec.num_layers - depth, rows, spec.hidden_size + rank]
+                for tensor, shape in zip((features[depth], projections[depth]), shapes, strict=True):
+                    if list(tensor.shape) != shape or not tensor.isfinite().all():
+                        raise ValueError(f"depth {depth} has a tensor {list(tensor.shape)}, expected {shape}, finite")
+            if not isinstance(provenance.get("fingerprint"), str):
+                raise ValueError("its provenance has no fingerprint")
+        except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            raise CalibrationError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from error
+        return cls(projections, features, provenance)

@@ -1,0 +1,117 @@
+"""A checkpoint folder's files, read with care, and files written whole or not at all.
+
+No file outside of the folder is read, and none that is larger than its limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from .bounds import truncated_repr
+
+SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG_LIMIT = 8 << 20  # bytes; the largest real ones stay below a tenth of these
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+
+
+class CheckpointError(ValueError):
+    """Something is wrong with a checkpoint's folder or files. The message begins with the path."""
+
+
+def resolve_folder(path_or_hub_id: str | Path) -> Path:
+    """The folder of a checkpoint: a folder as it is, a hub id (owner/name) downloaded.
+
+    FileNotFoundError says what was tried where it is neither; CheckpointError for a file.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        hint = "; convert it with `pop convert`" if path.suffix == ".gguf" else ""
+        raise CheckpointError(f"{path}: a file, expected a checkpoint's folder{hint}")
+    name = str(path_or_hub_id)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        raise FileNotFoundError(f"{name}: no such folder, and not a hub id (owner/name) either")
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Weights in another layout (original/, consolidated.safetensors) would double the download.
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"]))
+    except Exception as error:
+        raise FileNotFoundError(f"{name}: no such folder, and not to be had from the hub: {error}") from error
+
+
+def regular_file(folder: Path, name: str) -> Path:
+    """A regular file of the folder. Links may lead elsewhere in the folder, or to the blobs of the hub's cache."""
+    path = folder / name
+    try:
+        home, real = folder.resolve(), path.resolve()
+        if home.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/revision, and blobs
+            home = home.parent.parent
+        if real.is_file() and real.is_relative_to(home):
+            return path
+        problem = "leads out of the folder" if real.is_file() else "is not a file" if path.exists() else "no such file"
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
+        problem = one_line(error)
+    if name == SINGLE_FILE and folder.is_dir():
+        others = sorted(file.name for file in folder.iterdir() if file.suffix in (*PICKLES, ".gguf"))
+        if any(name.endswith(PICKLES) for name in others):
+            problem += f"; pickled files ({some_of(others)}) are never read: save the model as safetensors"
+        elif others:
+            problem += f"; {some_of(others)} can be converted with `pop convert`"
+    raise CheckpointError(f"{path}: {problem}")
+
+
+def read_json(path: Path, limit: int) -> dict:
+    try:
+        with path.open("rb") as file:
+            text = file.read(limit + 1)
+        if len(text) > limit:
+            raise CheckpointError(f"{path}: more than {limit >> 20} MiB")
+        value = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a {type(value).__name__}, expected a table")
+    return value
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first names of many, for an error message."""
+    names = sorted(names)
+    return ", ".join(truncated_repr(name) for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
+
+
+def one_line(error: Exception) -> str:
+    """What another library said of a stranger's data, fit for a terminal."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def atomic_write(path: Path, write) -> None:
+    """`write(temporary path)`, which then takes the place of `path`; nothing is left behind if it fails."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,133 @@
+"""`pop generate`."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..runtime.prefill_depth import parse_depth
+from .common import DType, app, load_model, one_line_errors, stderr
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give the prompt either with --prompt TEXT or with --prompt-file FILE (- is standard input)")
+    if prompt is not None:
+        return prompt
+    data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
+    try:
+        # An editor's newline at the end of the file is no part of the prompt.
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {prompt_file} is not UTF-8 text: {error}") from None
+
+
+def sampling_settings(temperature: float | None, top_p: float | None, top_k: int | None) -> dict:
+    """Settings for generate: any of the options asks for sampling, temperature 0 for greedy decoding."""
+    if temperature == 0:
+        return {"do_sample": False}
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"do_sample": True, **given} if given else {}
+
+
+def describe_times(times, prompt_tokens: int) -> str:
+    vision = f"vision tower {times.vision:.3f}, " if times.vision else ""
+    line = (
+        f"{prompt_tokens} prompt tokens, first token after {times.time_to_first_token:.3f} s "
+        f"({vision}truncated prefill {times.truncated_prefill:.3f}, projection {times.projection:.3f}, "
+        f"boundary {times.boundary:.3f})"
+    )
+    rate = times.decode_tokens_per_second
+    return line if rate is None else f"{line}; {times.decode_tokens} tokens decoded at {rate:.1f} a second"
+
+
+@app.command()
+@one_line_errors()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(help="File with the prompt; - is standard input.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image that the prompt is about; may be given several times.")
+    ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option(help="A folder of frames or an animated GIF, PNG or WebP; likewise.")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the videos.  [default: an animation's own]")
+    ] = None,
+    prefill_depth: Annotated[
+        str, typer.Option(help="Layers that the prompt runs through (12), or their share (0.7). 1 is one, 1.0 is all.")
+    ] = "1.0",
+    boundary_tokens: Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")] = 1,
+    anchor_tokens: Annotated[int, typer.Option(help="First tokens that run through all layers.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this total share.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many likeliest tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.  [default: if it has one]"),
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
+    max_cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache may hold.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="File of `pop calibrate` with this depth.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+) -> None:
+    """Answer or continue a prompt.
+
+    The text streams to standard output; then a line of times goes to standard error.
+    """
+    depth = parse_depth(prefill_depth)
+    text = read_prompt(prompt, prompt_file)
+    if fps is not None and not video:
+        raise ValueError("--fps is the rate of a video's frames, expected it with --video")
+    videos = []
+    if video:
+        from pop_ext.vision.images import read_video
+
+        videos = [read_video(path, fps) for path in video]
+
+    loaded = load_model(
+        model,
+        dtype,
+        prefill_depth=depth,
+        boundary_tokens=boundary_tokens,
+        anchor_tokens=anchor_tokens,
+        max_cache_tokens=max_cache_tokens,
+        calibration=calibration,
+    )
+    import transformers
+
+    if chat is None:
+        chat = bool(loaded.tokenizer.chat_template)
+
+    streamer = None
+    if not as_json:
+        streamer = transformers.TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = loaded.generate(
+        [{"role": "user", "content": text}] if chat else text,
+        images=image or [],
+        videos=videos,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        streamer=streamer,
+        **sampling_settings(temperature, top_p, top_k),
+    )
+    if as_json:
+        times = asdict(output.times) | {"decode_tokens_per_second": output.times.decode_tokens_per_second}
+        result = {
+            "text": output.text[0],
+            "tokens": output.tokens[0],
+            "prompt_tokens": output.prompt_tokens[0],
+            "prefill_depth": depth,
+            "times": times,
+        }
+        print(json.dumps(result))
+    else:
+        stderr.print(describe_times(output.times, output.prompt_tokens[0]), style="dim", markup=False)

@@ -1,0 +1,1 @@
+"""The runner: prefill, decode and generation."""

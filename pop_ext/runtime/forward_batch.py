@@ -1,0 +1,106 @@
+"""What the layers need to know of the tokens of one forward pass, and how prompts are cut into passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .kv_cache import BLOCK_SIZE, Sequence
+from .rope import RotaryEmbedding
+
+
+@dataclass
+class SequenceChunk:
+    """Tokens [start, end) of one sequence in a forward pass; those in [shallow_start, shallow_end) are not deep."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    shallow_start: int
+    shallow_end: int
+    logits_start: int  # logits are wanted from this position on
+
+    def deep_runs(self) -> list[tuple[int, int]]:
+        low, high = (min(max(p, self.start), self.end) for p in (self.shallow_start, self.shallow_end))
+        runs = [(self.start, low), (high, self.end)] if low < high else [(self.start, self.end)]
+        return [(start, end) for start, end in runs if start < end]
+
+
+class ForwardBatch:
+    """What the layers need to know of the tokens in a forward pass: how they turn (RoPE), where they are written, what
+    they may see.
+    """
+
+    def __init__(self, runs: list[tuple[Sequence, int, int]], rope: RotaryEmbedding, bidirectional_images: bool):
+        """runs: sequence, first and last + 1 index of tokens that follow one another."""
+        tables = [sequence.blocks[: -(-end // BLOCK_SIZE)] for sequence, _, end in runs]
+        width = max(map(len, tables))
+        self.block_tables = torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32)
+        self.cu_seqlens_q = torch.tensor([0, *accumulate(end - start for _, start, end in runs)], dtype=torch.int32)
+        self.seqlens_k = torch.tensor([end for _, _, end in runs], dtype=torch.int32)
+        self.max_seqlen_q = max(end - start for _, start, end in runs)
+        self.max_seqlen_k = max(end for _, _, end in runs)
+        positions = torch.cat([torch.arange(start, end) for _, start, end in runs])
+        run = torch.repeat_interleave(self.cu_seqlens_q.diff())
+        self.slot_mapping = self.block_tables[run, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        if rope.axes is not None and any(sequence.visuals for sequence, _, _ in runs):
+            positions = torch.cat([sequence.positions(start, end) for sequence, start, end in runs], dim=1)
+        self.cos, self.sin = rope(positions)  # [ropes, T, E / 2]
+        self.spans = _spans(runs, self.max_seqlen_k) if bidirectional_images else None
+        self.visual_rows, self.visual_features = _visual_rows(runs)
+        self.angles = list(zip(self.cos, self.sin, strict=True))
+
+
+def _spans(runs: list[tuple[Sequence, int, int]], width: int) -> Tensor | None:
+    """The image that each token of each run's context is part of, [runs, width] int32, -1 for text; None where no run
+    has tokens of an image.
+    """
+    if not any(visual.end > start and visual.start < end for s, start, end in runs for visual in s.visuals):
+        return None
+    spans = torch.full((len(runs), width), -1, dtype=torch.int32)
+    for row, (sequence, _, end) in zip(spans, runs, strict=True):
+        for index, visual in enumerate(sequence.visuals):
+            row[visual.start : min(visual.end, end)] = index
+    return spans
+
+
+def forward_passes(pieces: list[SequenceChunk], size: int, whole_images: bool) -> Iterator[list[SequenceChunk]]:
+    """Cuts pieces into forward passes of at most `size` tokens, or with `whole_images` of one larger image."""
+    chunk, room = [], size
+    for piece in pieces:
+        start = piece.start
+        while start < piece.end:
+            end = min(piece.end, start + room)
+            for visual in piece.sequence.visuals if whole_images else ():
+                if visual.start < end < visual.end:
+                    end = max(start, visual.start)
+                    if end == start and not chunk:
+                        end = visual.end
+                    room = end - start  # nothing more
+                    break
+            if start < end:
+                chunk.append(replace(piece, start=start, end=end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield chunk
+                chunk, room = [], size
+    if chunk:
+        yield chunk
+
+
+def _visual_rows(runs: list[tuple[Sequence, int, int]]) -> tuple[Tensor | None, Tensor | None]:
+    """The rows of a forward pass that are tokens of images, and their features [1 + d, rows, D]; None without any."""
+    rows, features, offset = [], [], 0
+    for sequence, start, end in runs:
+        for visual in sequence.visuals:
+            low, high = max(visual.start, start), min(visual.end, end)
+            if low < high:
+                rows.append(torch.arange(low, high) + (offset - start))
+                features.append(visual.features[:, low - visual.start : high - visual.start])
+        offset += end - start
+    return (torch.cat(rows), torch.cat(features, dim=1)) if rows else (None, None)

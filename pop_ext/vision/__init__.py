@@ -1,0 +1,1 @@
+"""Pictures as features in the decoder's hidden space."""
