@@ -36,6 +36,7 @@ ELSEWHERE = {
     "pop generate MODEL --image": "test_vision.py: it needs a model with a vision tower",
     "pop generate MODEL --video": "test_vision.py",
     "pop calibrate MODEL --samples": "test_vision.py",
+    "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibration.py: hundreds of steps take minutes",
 }
 NO_CODE = ("@article", "{", "     ")  # a citation, a line of data, the diagram
 
@@ -84,7 +85,7 @@ def places(tmp_path_factory, tiny_30):
         if page not in folders:
             folder = folders[page] = tmp_path_factory.mktemp(page.stem)
             (folder / "MODEL").symlink_to(tiny_30)
-            text = "\n".join(f"Sentence {i} says that {i} and {i + 1} are {2 * i + 1}." for i in range(1500))
+            text = "\n".join(f"Sentence {i} says that {i} and {i + 1} are {2 * i + 1}." for i in range(700))
             for name in ("FILE", "wikitext2_valid.txt"):
                 (folder / name).write_text(text)
             (folder / "question.txt").write_text("What is prefill?\n")
