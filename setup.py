@@ -1,36 +1,30 @@
-"""pip's way to CMakeLists.txt: configures it, builds it with Ninja, and installs the libraries into pop_ext/."""
+"""The build backend that pyproject.toml names: scikit-build-core's hooks, which build CMakeLists.txt.
+
+In an environment of its own, pip also takes the packages of the extra `cuda-build`: CUTLASS, and nvcc where none is on
+the PATH. POP_CUDA=0 builds without CUDA.
+"""
 
 import os
-import shlex
 import shutil
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+from scikit_build_core import build as _build
+from scikit_build_core._compat import tomllib
+from scikit_build_core.build import *  # noqa: F403
 
 
-class CMakeBuild(build_ext):
-    def build_extension(self, extension):
-        source = Path(__file__).resolve().parent
-        build = Path(os.environ.get("POP_BUILD_DIR") or self.build_temp).resolve()  # a lasting one spares recompiling
-        prefix = Path(self.get_ext_fullpath(extension.name)).resolve().parents[1]
-        # cmake and ninja as installed beside this Python, where the environment is not activated
-        environment = os.environ | {"PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]}
-        arguments = [f"-DPython_EXECUTABLE={sys.executable}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
-        for command in (
-            ["cmake", "--fresh", "-S", source, "-B", build, "-G", "Ninja", *arguments],
-            ["cmake", "--build", build],
-            ["cmake", "--install", build, "--prefix", prefix],
-        ):
-            subprocess.run(command, check=True, env=environment)
+def _cuda_requirements() -> list[str]:
+    if os.environ.get("POP_CUDA") == "0" or sys.platform != "linux":
+        return []
+    project = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text())["project"]
+    cutlass, *toolkit = project["optional-dependencies"]["cuda-build"]
+    return [cutlass] if shutil.which("nvcc") else [cutlass, *toolkit]
 
 
-# setup_requires: CUTLASS's headers, for pip's own build environment, where there is a compiler for the CUDA kernels.
-setup(
-    setup_requires=["nvidia-cutlass==4.2.0.0"] if shutil.which("nvcc") else [],
-    ext_modules=[Extension("pop_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+def get_requires_for_build_wheel(config_settings=None):
+    return [*_build.get_requires_for_build_wheel(config_settings), *_cuda_requirements()]
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return [*_build.get_requires_for_build_editable(config_settings), *_cuda_requirements()]

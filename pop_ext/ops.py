@@ -1,18 +1,20 @@
-"""`torch.ops.pop`: loads the compiled operations and describes them to torch.
+"""The six operations, documented and callable: each function below runs the kernel `torch.ops.pop.<name>`.
 
-Each function below is the operation's fake (meta) kernel, which gives the outputs' shapes and dtypes to `torch.compile`
-and `torch.library.opcheck`; its docstring is the operation's documentation. T tokens (of all sequences, flattened), D
-hidden size, Hq and Hkv heads, E head size, F intermediate size, S sequences.
+T tokens (of all sequences, flattened), D hidden size, Hq and Hkv query and key/value heads, E head size, F intermediate
+size, S sequences.
 
-Activations, weights and caches are all of one dtype, float32 or bfloat16 on the CPU, bfloat16 or float16 on CUDA; sums,
-softmax, gains, cos and sin are float32. The last dimension of every tensor is contiguous. On CUDA, rows start at
-multiples of 16 bytes, hidden sizes are multiples of 8, and heads have 32, 64, 128 or 256 elements; what index tensors
-(slot_mapping, block_tables, cu_seqlens_q, seqlens_k, rope_index) hold is not looked at there, as that would wait for
-the device. Bad arguments raise RuntimeError naming the argument, what it was and what was expected.
+Activations, weights and caches of one call share one dtype: float32 or bfloat16 on the CPU, bfloat16 or float16 on
+CUDA. Sums, softmax, gains, cos and sin are float32. The last dimension of every tensor is contiguous. On CUDA, rows
+start at multiples of 16 bytes, hidden sizes are multiples of 8, and heads have 32, 64, 128 or 256 elements.
+
+Bad arguments raise RuntimeError "x is V, expected Y", naming the argument. On the CPU that covers what index tensors
+hold (slot_mapping, block_tables, cu_seqlens_q, seqlens_k, rope_index). On CUDA the check of their values waits for the
+device, so it runs only with the environment variable POP_CHECK_INDICES=1, and never in a stream that is being captured.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 from pathlib import Path
@@ -24,6 +26,7 @@ from . import _C
 
 cpu_isas, cpu_isa, set_cpu_isa = _C.cpu_isas, _C.cpu_isa, _C.set_cpu_isa
 CUDA_LIBRARY = Path(_C.__file__).parent / "libpop_cuda.so"
+_pop = torch.ops.pop
 
 
 def _load_cuda() -> str | None:
@@ -51,63 +54,94 @@ _no_cuda = torch.library.Library("pop", "IMPL", "CUDA") if _why_no_cuda else Non
 
 
 def make_way_for_cuda() -> None:
-    """Takes back what CUDA tensors get without kernels, as the software device is about to load them."""
+    """Takes back what CUDA tensors get without kernels: for a caller that loads CUDA_LIBRARY itself."""
     if _no_cuda:
         _no_cuda._destroy()
 
 
-def build_info() -> dict:
-    """What this library was built with, and what it runs on here. "cuda": CUDA kernels were built; "cuda_loaded": this
-    torch runs them.
+def _cuda_library() -> ctypes.CDLL:
+    """The loaded CUDA library; RuntimeError says why there is none."""
+    if _why_no_cuda:
+        raise RuntimeError(f"no CUDA kernels: {_why_no_cuda}")
+    return ctypes.CDLL(str(CUDA_LIBRARY))
+
+
+def load_cuda_kernels(device: int | torch.device | None = None) -> int:
+    """Loads every CUDA kernel onto a device (default: the current one); returns how many there are.
+
+    The first operation on a device does the same. Call it before the first graph capture, during which nothing may be
+    loaded. RuntimeError where the kernels cannot run on the device.
     """
+    library = _cuda_library()
+    message = ctypes.create_string_buffer(1024)
+    with torch.cuda.device(device):
+        count = library.pop_cuda_load_kernels(message, len(message))
+    if count < 0:
+        raise RuntimeError(message.value.decode())
+    return count
+
+
+def cuda_image(device: int | torch.device | None = None) -> dict:
+    """What a GPU (default: the current one) runs of this library: {"sm": 90, "ptx": 80, "compiled_by_driver": False}.
+
+    sm: the compute capability that the loaded machine code is for; ptx: of the PTX that it was made from;
+    compiled_by_driver: whether the driver made it, as the library holds none for this GPU.
+    """
+    library = _cuda_library()
+    message = ctypes.create_string_buffer(1024)
+    sm, ptx = ctypes.c_int(), ctypes.c_int()
+    with torch.cuda.device(device):
+        failed = library.pop_cuda_image(ctypes.byref(sm), ctypes.byref(ptx), message, len(message))
+    if failed:
+        raise RuntimeError(message.value.decode())
+    return {"sm": sm.value, "ptx": ptx.value, "compiled_by_driver": f"sm_{sm.value}" not in _C.cuda_architectures()}
+
+
+def build_info() -> dict:
+    """What this library was built with, and what it runs on here.
+
+    "cuda": CUDA kernels were built; "cuda_architectures": what they were compiled to, machine code ("sm_90") and PTX
+    ("compute_80"); "cuda_loaded": this torch runs them; "cuda_image": `cuda_image()` of the present GPU, or why
+    there is none.
+    """
+    built = CUDA_LIBRARY.exists()
+    if _why_no_cuda:
+        image = _why_no_cuda
+    elif not torch.cuda.is_available():
+        image = "no GPU"
+    else:
+        image = cuda_image()
     return _C.build_info() | {
         "cpu_isas": cpu_isas(),
         "cpu_isa": cpu_isa(),
-        "cuda": CUDA_LIBRARY.exists(),
+        "cuda": built,
+        "cuda_architectures": _C.cuda_architectures() if built else [],
         "cuda_loaded": _why_no_cuda is None,
+        "cuda_image": image,
     }
 
 
-def _fake(function):
-    """Registers a fake kernel, which looks at devices as the real ones do; and, where there is no CUDA part, what CUDA
-    tensors get.
-    """
-    parameters = list(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
-        tensors = {n: v for n, v in [*zip(parameters, args, strict=False), *kwargs.items()] if isinstance(v, Tensor)}
-        first, *others = tensors
-        for name in others:
-            if tensors[name].device != tensors[first].device:
-                raise RuntimeError(
-                    f"pop::{function.__name__}: {name} is on {tensors[name].device}, "
-                    f"expected all tensors on one device ({first} is on {tensors[first].device})"
-                )
-        return function(*args, **kwargs)
-
-    def on_cuda(*args, **kwargs):
-        raise NotImplementedError(
-            f"pop::{function.__name__}: {parameters[0]} is on a CUDA device, but {_why_no_cuda}; "
-            "or move the tensors to the CPU"
-        )
-
-    if _no_cuda:
-        _no_cuda.impl(function.__name__, on_cuda)
-    return torch.library.register_fake(f"pop::{function.__name__}")(checked)
-
-
-@_fake
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """`x * rsqrt(mean(x^2) + eps) * weight (+ residual)`, row by row.
+    """Root-mean-square norm of each row: `x * rsqrt(mean(x^2) + eps) * weight (+ residual)`.
 
-    x, residual [T, D]; weight [D] float32 (for Gemma 1 + w, as checkpoints store w). Returns [T, D]. The residual is
-    added after the norm, as sandwich norms need it; a residual before the norm is `linear`'s.
+    Zhang and Sennrich, arXiv 1910.07467. The residual is added after the norm, as models with sandwich norms need it;
+    `linear` adds one before it.
+
+    Args:
+        x: [T, D].
+        weight: [D] float32, the gain (for Gemma 1 + w, where checkpoints store w).
+        eps: 0 or more.
+        residual: [T, D] or None.
+
+    Returns:
+        [T, D], x's dtype.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or layout.
     """
-    return x.new_empty(x.shape)
+    return _pop.rms_norm(x, weight, eps, residual)
 
 
-@_fake
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -116,24 +150,41 @@ def linear(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`x @ weight.T (+ bias) (+ residual)`, rounded once. x [T, K], weight [N, K], bias [N], residual [T, N]; returns
-    [T, N].
+    """Matrix product `x @ weight.T (+ bias) (+ residual)`, summed in float32 and rounded once.
 
-    `out_dtype=torch.float32` keeps the sums as they are (logits).
+    Args:
+        x: [T, K].
+        weight: [N, K].
+        bias: [N] or None.
+        residual: [T, N] or None.
+        out_dtype: torch.float32 keeps the sums as they are, for logits; None is x's dtype.
+
+    Returns:
+        [T, N], out_dtype.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or layout.
     """
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+    return _pop.linear(x, weight, bias, residual, out_dtype=out_dtype)
 
 
-@_fake
 def gated_linear(x: Tensor, gate_up_weight: Tensor, activation: str) -> Tensor:
-    """`act(x @ gate.T) * (x @ up.T)`. x [T, D]; gate_up_weight [2 F, D], the gate's rows first; returns [T, F].
+    """Gated feed-forward projection `act(x @ gate.T) * (x @ up.T)` (Shazeer, arXiv 2002.05202).
 
-    activation: "silu", or "gelu_tanh" (Hendrycks and Gimpel, arXiv 1606.08415, the tanh form).
+    Args:
+        x: [T, D].
+        gate_up_weight: [2 F, D], the gate's F rows first.
+        activation: "silu", or "gelu_tanh" (Hendrycks and Gimpel, arXiv 1606.08415, the tanh form).
+
+    Returns:
+        [T, F], x's dtype.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or layout, or the activation is another.
     """
-    return x.new_empty((x.shape[0], gate_up_weight.shape[0] // 2))
+    return _pop.gated_linear(x, gate_up_weight, activation)
 
 
-@_fake
 def qkv_project(
     x: Tensor,
     weight: Tensor,
@@ -147,19 +198,33 @@ def qkv_project(
     key_cache: Tensor,
     value_cache: Tensor,
 ) -> Tensor:
-    """Projects queries, keys and values; norms queries and keys per head; turns both by RoPE; writes keys and values to
-    the cache.
+    """Projects queries, keys and values, norms queries and keys per head, applies RoPE, writes keys and values.
 
-    x [T, D], normed; weight [(Hq + 2 Hkv) E, D], rows of all q, then k, then v heads; bias [(Hq + 2 Hkv) E]; q_norm,
-    k_norm [E] float32; cos, sin [T, E / 2] float32, rotate-half convention (Su et al., arXiv 2104.09864);
-    slot_mapping [T] int64, token t goes to offset slot_mapping[t] % block_size of block slot_mapping[t] // block_size,
-    -1 is not written; key_cache, value_cache [blocks, block_size, Hkv, E]. Returns the queries, [T, Hq, E].
+    RoPE is the rotate-half form (Su et al., arXiv 2104.09864). Keys and values go to the paged cache in place: token t
+    to offset slot_mapping[t] % block_size of block slot_mapping[t] // block_size.
+
+    Args:
+        x: [T, D], already normed.
+        weight: [(Hq + 2 Hkv) E, D], contiguous: rows of all query, then key, then value heads.
+        bias: [(Hq + 2 Hkv) E] or None.
+        q_norm: [E] float32, gain of the queries' RMS norm, or None for no norm.
+        k_norm: [E] float32, the same for keys.
+        eps: of those norms, 0 or more.
+        cos: [T, E / 2] float32, contiguous.
+        sin: [T, E / 2] float32, contiguous.
+        slot_mapping: [T] int64 or int32; -1 is not written.
+        key_cache: [blocks, block_size, Hkv, E], written.
+        value_cache: [blocks, block_size, Hkv, E], written.
+
+    Returns:
+        The queries, [T, Hq, E], x's dtype.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or layout, or (see the module) a wrong index.
     """
-    head_size = key_cache.shape[3]
-    return x.new_empty((x.shape[0], weight.shape[0] // head_size - 2 * key_cache.shape[2], head_size))
+    return _pop.qkv_project(x, weight, bias, q_norm, k_norm, eps, cos, sin, slot_mapping, key_cache, value_cache)
 
 
-@_fake
 def attention(
     query: Tensor,
     key_cache: Tensor,
@@ -173,18 +238,37 @@ def attention(
     window_size: int = 0,
     spans: Tensor | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention over the paged cache: prefill, a chunk of it, boundary tokens and decode alike.
+    """Causal grouped-query attention over the paged cache, for prefill, a chunk of it, boundary tokens and decode.
 
-    query [T, Hq, E]; key_cache, value_cache [blocks, block_size, Hkv, E]; block_tables [S, blocks of a sequence] int32;
-    cu_seqlens_q [S + 1] int32, sequence s has the queries cu_seqlens_q[s] to cu_seqlens_q[s + 1], which are the last of
-    its seqlens_k[s] (int32, [S]) tokens. Query i of a context sees key j iff (j <= i or spans[s, i] == spans[s, j]
-    >= 0) and (window_size == 0 or j > i - window_size); spans [S, >= max_seqlen_k] int32 is a group id per context
-    token, -1 for text. Returns [T, Hq, E].
+    The queries of sequence s are rows cu_seqlens_q[s] to cu_seqlens_q[s + 1] and are the last of its seqlens_k[s]
+    tokens. Query i of a sequence sees key j iff (j <= i or spans[s, i] == spans[s, j] >= 0) and (window_size == 0 or
+    j > i - window_size). A sequence with seqlens_k[s] == 0 is padding: its rows of the output are zeros.
+
+    Args:
+        query: [T, Hq, E].
+        key_cache: [blocks, block_size, Hkv, E].
+        value_cache: [blocks, block_size, Hkv, E].
+        block_tables: [S, blocks of a sequence] int32.
+        cu_seqlens_q: [S + 1] int32, from 0 to T, not decreasing.
+        seqlens_k: [S] int32, tokens of each sequence in the cache, its queries included; 0 is padding.
+        max_seqlen_q: an upper bound of the queries of a sequence.
+        max_seqlen_k: an upper bound of seqlens_k, at most block_tables' columns times block_size.
+        softmax_scale: factor of the scores, above 0.
+        window_size: keys that a query sees, itself included; 0 is all.
+        spans: [S, >= max_seqlen_k] int32, a group id per token, below 0 for none, or None.
+
+    Returns:
+        [T, Hq, E], query's dtype.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or layout, or (see the module) a wrong index.
     """
-    return query.new_empty(query.shape)
+    return _pop.attention(
+        query, key_cache, value_cache, block_tables, cu_seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k,
+        softmax_scale, window_size, spans,
+    )  # fmt: skip
 
 
-@_fake
 def project_kv(
     hidden: Tensor,
     weight: Tensor,
@@ -200,8 +284,91 @@ def project_kv(
 ) -> None:
     """Keys and values of R skipped layers from one hidden state, in one multiplication, straight into their caches.
 
-    hidden [T, D], not normed; weight [R, 2 Hkv E, D], each layer's k rows then v rows with its input norm's gain folded
-    in; bias [R, 2 Hkv E]; k_norm [R, E] float32; cos, sin [ropes, T, E / 2] float32, of which layer r uses
-    rope_index[r] (int32, [R]); slot_mapping [T] int64, -1 is not written; key_caches, value_caches [R, blocks,
-    block_size, Hkv, E].
+    Args:
+        hidden: [T, D], not normed.
+        weight: [R, 2 Hkv E, D], contiguous: each layer's key rows, then value rows, with the gain of the layer's input
+            norm multiplied in.
+        bias: [R, 2 Hkv E] or None.
+        k_norm: [R, E] float32, gain of the keys' RMS norm, or None for no norm.
+        eps: of both norms, 0 or more.
+        cos: [ropes, T, E / 2] float32, contiguous.
+        sin: [ropes, T, E / 2] float32, contiguous.
+        rope_index: [R] int32, which of the ropes each layer uses.
+        slot_mapping: [T] int64 or int32; -1 is not written.
+        key_caches: [R, blocks, block_size, Hkv, E], written.
+        value_caches: [R, blocks, block_size, Hkv, E], written.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype, device or layout, or (see the module) a wrong index.
     """
+    _pop.project_kv(hidden, weight, bias, k_norm, eps, cos, sin, rope_index, slot_mapping, key_caches, value_caches)
+
+
+# Fake (meta) kernels: the outputs' shapes and dtypes, for `torch.compile` and `torch.library.opcheck`. Each takes the
+# arguments of the function it is named after.
+
+
+def _fake(public):
+    """Registers the decorated function as the fake kernel of `public`'s operation. It refuses tensors on several
+    devices as the real kernels do. Where there are no CUDA kernels, it also registers what CUDA tensors get.
+    """
+    name = public.__name__
+    signature = inspect.signature(public)
+    first = next(iter(signature.parameters))
+
+    def register(function):
+        @functools.wraps(public)
+        def checked(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            expected = bound.arguments[first].device
+            for argument, value in bound.arguments.items():
+                if isinstance(value, Tensor) and value.device != expected:
+                    raise RuntimeError(
+                        f"pop::{name}: {argument} is on {value.device}, expected all tensors on one device "
+                        f"({first} is on {expected})"
+                    )
+            return function(**bound.arguments)
+
+        def on_cuda(*args, **kwargs):
+            raise NotImplementedError(
+                f"pop::{name}: {first} is on a CUDA device, but {_why_no_cuda}; or move the tensors to the CPU"
+            )
+
+        if _no_cuda:
+            _no_cuda.impl(name, on_cuda)
+        torch.library.register_fake(f"pop::{name}")(checked)
+        return checked
+
+    return register
+
+
+@_fake(rms_norm)
+def _fake_rms_norm(*, x, **_):
+    return x.new_empty(x.shape)
+
+
+@_fake(linear)
+def _fake_linear(*, x, weight, out_dtype, **_):
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+@_fake(gated_linear)
+def _fake_gated_linear(*, x, gate_up_weight, **_):
+    return x.new_empty((x.shape[0], gate_up_weight.shape[0] // 2))
+
+
+@_fake(qkv_project)
+def _fake_qkv_project(*, x, weight, key_cache, **_):
+    _, _, kv_heads, head_size = key_cache.shape
+    return x.new_empty((x.shape[0], weight.shape[0] // head_size - 2 * kv_heads, head_size))
+
+
+@_fake(attention)
+def _fake_attention(*, query, **_):
+    return query.new_empty(query.shape)
+
+
+@_fake(project_kv)
+def _fake_project_kv(**_):
+    return None

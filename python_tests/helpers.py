@@ -219,10 +219,10 @@ class GpuOperations:
 
 
 def cuda_operations():
-    """torch.ops.pop's CUDA kernels for CPU tensors: on the GPU where there is one, else on the software device; skips
+    """torch.ops.pop's CUDA kernels for CPU tensors: on the GPU where there is one, else on the PTX emulator; skips
     where they were not built.
     """
-    import ptx_emulator as emulator
+    import ptx_emulator
 
     from pop_ext import ops
 
@@ -231,9 +231,10 @@ def cuda_operations():
     if torch.cuda.is_available():
         return GpuOperations()
     try:
-        emulator.library_path()
+        ptx_emulator.library_path()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     if torch.version.cuda is not None:
-        pytest.skip("no GPU, and the CUDA runtime of this torch cannot be displaced by the software device's")
-    return emulator.ops
+        pytest.skip("no GPU, and the CUDA runtime of this torch cannot be displaced by the PTX emulator's")
+    ops.make_way_for_cuda()
+    return ptx_emulator.torch_ops(ops.CUDA_LIBRARY, "pop")

@@ -73,7 +73,7 @@ if torch.version.cuda and cuda.exists():
         ["nm", "-D", "--undefined-only", cuda], capture_output=True, text=True, check=True
     ).stdout
     names = {line.split()[-1].split("@")[0] for line in undefined.splitlines()}
-    software = {name for name in names if name.startswith("pop_emulator_")}  # the software device's, not to be here
+    software = {name for name in names if name.startswith("ptx_emulator_")}  # the PTX emulator's, not to be here
     weak = {"__cxa_finalize", "__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
     missing = {name for name in names - software - weak if not hasattr(handle, name)}
     assert not missing and not any(hasattr(handle, name) for name in software), missing

@@ -84,7 +84,7 @@ def attention(
     for s, context in enumerate(seqlens_k.tolist()):
         rows = slice(starts[s], starts[s + 1])
         n = starts[s + 1] - starts[s]
-        if n == 0:
+        if n == 0 or context == 0:  # no queries, or padding
             continue
         positions = torch.arange(context)
         blocks = block_tables[s].long()[positions // block_size]

@@ -173,7 +173,7 @@ def test_depth(folder):
     assert predicted[0] == predicted[1] == 1 < predicted[2] < predicted[3]  # a depth of 4 counts as 3
 
 
-# The kernels' microbenchmark programs, on the software device.
+# The kernels' microbenchmark programs, on the PTX emulator.
 
 KERNELS = "rms_norm", "linear", "gated_linear", "qkv_project", "attention", "project_kv"
 
@@ -181,10 +181,10 @@ KERNELS = "rms_norm", "linear", "gated_linear", "qkv_project", "attention", "pro
 @pytest.fixture(scope="module")
 def run_kernel():
     """Runs one of the programs, which are built with what pip built, and returns the finished process."""
-    import ptx_emulator as emulator
+    import ptx_emulator
 
     try:
-        device = emulator.library_path()
+        device = ptx_emulator.library_path()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     build = ROOT / "build" / "cmake"
@@ -211,7 +211,7 @@ def test_kernels(run_kernel, name):
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["software"] and "software" in report["device"]
+    assert report["software"] and "PTX emulator" in report["device"]
     lines = report["lines"]
     assert {(line["model"], line["tokens"]) for line in lines} == {
         (model, tokens) for model in ("SmolLM2-135M", "Gemma-3-4B") for tokens in (3, 70)

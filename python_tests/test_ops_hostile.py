@@ -184,7 +184,8 @@ def wrong_rank(rng, op, args):
 
 def wrong_dtype(rng, op, args):
     name = rng.choice(tensors(args))
-    options = [d for d in OTHER_DTYPES if d != args[name].dtype]
+    valid = {torch.int32, torch.int64} if name == "slot_mapping" else {args[name].dtype}
+    options = [d for d in OTHER_DTYPES if d not in valid]
     args[name] = args[name].to(rng.choice(options))
     return {name} | (SAME_DTYPE & set(args) if name in SAME_DTYPE else set())
 
@@ -296,7 +297,7 @@ def wrong_seqlens_k(rng, op, args):
     if op != "attention":
         return None
     s = rng.randrange(S)
-    args["seqlens_k"][s] = rng.choice([-1, QUERIES[s] - 1, max(CONTEXTS) + 1, 3 * BLOCK + 1, 2**31 - 1, -(2**31)])
+    args["seqlens_k"][s] = rng.choice([-1, QUERIES[s] - 1 or -2, max(CONTEXTS) + 1, 3 * BLOCK + 1, 2**31 - 1, -(2**31)])
     return {"seqlens_k", "max_seqlen_k"}
 
 

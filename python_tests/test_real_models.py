@@ -21,7 +21,7 @@ import pop_ext
 
 sys.path.insert(0, str(ROOT / "bench"))
 
-from engines import fast_dtype  # noqa: E402
+from engines import fast_dtype
 
 BOUND = 1e-5
 WORSE = 1.1  # how much further from float32 our bf16 may be than the worse of transformers' own

@@ -9,7 +9,7 @@
 // that the operation's multiplications need at the rate of a large multiplication, or its compulsory bytes (inputs read
 // once, outputs written once) at the rate of a large copy, whichever is longer; both rates are taken in the same run.
 //
-// On the software device time means nothing; sizes are cut to what it can bear, and warp instructions are counted. The
+// On the PTX emulator time means nothing; sizes are cut to what it can bear, and warp instructions are counted. The
 // least that there could be: an mma.m16n8k16 for every 4,096 operations, and a 16-byte access of each lane for every
 // 512 compulsory bytes. --time takes times there all the same, to show that this part works.
 //
@@ -70,7 +70,7 @@ inline constexpr int64_t kCacheBlock = 64;        // tokens
 inline constexpr float kEps = 1e-6f;
 inline constexpr double kUnit = 0x1p-8;  // of bf16: half the distance of two neighbours, relative
 
-/// The model with sizes that a software device can bear: ratios of heads and shapes of a head stay.
+/// The model with sizes that the PTX emulator can bear: ratios of heads and shapes of a head stay.
 inline Model cut(Model m) {
   m.hidden = std::min<int64_t>(m.hidden, 2048);
   m.intermediate = std::min<int64_t>(m.intermediate, 2048);
@@ -278,7 +278,7 @@ class Bench {
     BENCH_OK(cudaGetDevice(&device));
     BENCH_OK(cudaGetDeviceProperties(&properties_, device));
     BENCH_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    totals_ = reinterpret_cast<Totals>(dlsym(RTLD_DEFAULT, "pop_emulator_totals"));
+    totals_ = reinterpret_cast<Totals>(dlsym(RTLD_DEFAULT, "ptx_emulator_totals"));
   }
 
   const Options options;
@@ -298,7 +298,7 @@ class Bench {
     if (timed()) measure_ceilings();
     if (options.json) return;
     printf("%s on %s, bf16\n", operation_, properties_.name);
-    if (software()) printf("a software device: sizes are cut; warp instructions instead of time\n");
+    if (software()) printf("the PTX emulator: sizes are cut; warp instructions instead of time\n");
     if (timed()) {
       printf("ceilings of this run: %.1f TFLOP/s (%s, %lld^3), %.0f GB/s (a copy of %lld MiB, read and written)\n",
              gemm_rate_ * 1e-12, gemm_by_, static_cast<long long>(ceiling_size()), copy_rate_ * 1e-9,

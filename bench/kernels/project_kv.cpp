@@ -41,7 +41,7 @@ void run(Bench& b, const Model& model, int64_t tokens) {
                           .cos = cosines[set],
                           .sin = sines[set],
                           .rope_index = rope_index[set],
-                          .slot_mapping = slot_mapping[set],
+                          .slot_mapping = {slot_mapping[set]},
                           .key_caches = paged_cache(cache[set], blocks, heads, size),
                           .value_caches = paged_cache(cache[set] + cached, blocks, heads, size),
                           .key_layer_stride = 2 * cached,

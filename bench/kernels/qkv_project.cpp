@@ -43,7 +43,7 @@ void run(Bench& b, const Model& model, int64_t tokens) {
                                               .eps = kEps,
                                               .cos = cosines[set],
                                               .sin = sines[set],
-                                              .slot_mapping = slot_mapping[set],
+                                              .slot_mapping = {slot_mapping[set]},
                                               .key_cache = paged_cache(key_cache[set], blocks, keys, size),
                                               .value_cache = paged_cache(value_cache[set], blocks, keys, size),
                                               .query = query[set]},

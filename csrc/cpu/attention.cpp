@@ -14,7 +14,10 @@ namespace {
 // than threads would have, they share the context out.
 
 constexpr int64_t kTaskRows = 384;
-constexpr int64_t kBlockKeys = 256, kBlockKeysAllHeads = 64;
+template <typename T>
+constexpr int64_t kBlockKeys = kTiles<T> ? 128 : 256;  // scores and weights of kTileRows<T> rows stay in L1
+constexpr int64_t kBlockKeysAllHeads = 64;
+constexpr int64_t kDirectRows = 8;  // of a head; up to here keys and values are read as they lie, without packing
 constexpr int64_t kMinSplitKeys = 128;
 
 struct Task {
@@ -51,7 +54,76 @@ void pack_values(const T* const* rows, int keys, int64_t size, float* panel, int
       store(panel + e, v);
     });
   }
+  for (int64_t lane = lanes_of<T>(keys); lane < panel_lanes<T>(keys); ++lane, panel += panel_stride)
+    for (int64_t e = 0; e < size; e += kLanes) store(panel + e, Vec{});
 }
+
+/// c[r] = alpha[r] c[r] + sum over keys of weights[r][key] values[key], for columns [e, e + 2 kLanes), of which
+/// `available` exist. Two vectors of bf16 come from one by a shift and a mask, the even columns and the odd ones.
+template <typename T, int Rows>
+POP_INLINE void weigh_columns(const float* weights, int64_t weight_stride, int keys, const T* const* values, int64_t e,
+                              int64_t available, const float* alpha, float* c, int64_t c_stride) {
+  constexpr bool kSplit = std::is_same_v<T, bf16>;
+  Vec acc[Rows][2] = {};
+  for (int key = 0; key < keys; ++key) {
+    const T* from = values[key] + e;
+    T buffer[2 * kLanes] = {};
+    if (available < 2 * kLanes) {
+      std::memcpy(buffer, from, available * sizeof(T));
+      from = buffer;
+    }
+    Vec first, second;
+    if constexpr (kSplit) {
+      Int pairs;
+      std::memcpy(&pairs, from, sizeof pairs);
+      first = even(pairs), second = odd(pairs);
+    } else {
+      first = load(from), second = load(from + kLanes);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const float weight = weights[r * weight_stride + key];
+      acc[r][0] += first * weight, acc[r][1] += second * weight;
+    }
+  }
+  Int low, high;  // interleaves even and odd columns
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    Vec a = acc[r][0], b = acc[r][1];
+    if constexpr (kSplit) {
+      a = __builtin_shuffle(acc[r][0], acc[r][1], low);
+      b = __builtin_shuffle(acc[r][0], acc[r][1], high);
+    }
+    float* to = c + r * c_stride + e;
+    store(to, load(to) * alpha[r] + a);
+    store(to + kLanes, load(to + kLanes) * alpha[r] + b);
+  }
+}
+
+template <typename T, int Rows>
+void weigh_values(const float* weights, int64_t weight_stride, int keys, const T* const* values, int64_t size,
+                  const float* alpha, float* c, int64_t c_stride) {
+  int64_t e = 0;
+  for (; e + 2 * kLanes <= size; e += 2 * kLanes)
+    weigh_columns<T, Rows>(weights, weight_stride, keys, values, e, 2 * kLanes, alpha, c, c_stride);
+  if (e < size) weigh_columns<T, Rows>(weights, weight_stride, keys, values, e, size - e, alpha, c, c_stride);
+}
+
+/// Some keys of one head with their values: where they lie, and packed for multiply_tile unless they are read there.
+template <typename T>
+struct KeyBlock {
+  int64_t first;
+  int count;
+  bool packed;
+  const T* keys[kBlockKeys<T>];
+  const T* values[kBlockKeys<T>];
+  float *key_panels, *value_panels;
+  static constexpr int64_t kValueLanes = lanes_of<T>(kBlockKeys<T>);
+};
 
 template <typename T>
 class Kernel {
@@ -61,6 +133,7 @@ class Kernel {
         size_(p.key_cache.head_size),
         group_(p.query_heads / p.key_cache.heads),
         key_lanes_(lanes_of<T>(size_)),
+        key_depth_(panel_lanes<T>(size_)),
         value_stride_(round_up(size_, kTileColumns)) {}
 
   void run(const Threads& threads) {
@@ -74,7 +147,7 @@ class Kernel {
     const int64_t splits =
         std::clamp<int64_t>(wanted / std::max<int64_t>(1, count), 1, std::max<int64_t>(1, longest / kMinSplitKeys));
     if (splits == 1) {
-      parallel_for(threads, count, [&](int64_t i) {
+      parallel_for<TileScope<T>>(threads, count, [&](int64_t i) {
         struct Tag;
         Partial partial(scratch<Tag, float>(Partial::floats(most_rows, value_stride_)), rows_of(tasks[i]),
                         value_stride_);
@@ -84,11 +157,12 @@ class Kernel {
       return;
     }
     const int64_t floats = round_up(Partial::floats(most_rows, value_stride_), 16);
-    std::unique_ptr<float[]> workspace(new float[count * splits * floats]);
+    struct Tag;
+    float* workspace = scratch<Tag, float>(count * splits * floats);
     const auto partial = [&](int64_t i, int64_t split) {
-      return Partial(workspace.get() + (i * splits + split) * floats, rows_of(tasks[i]), value_stride_);
+      return Partial(workspace + (i * splits + split) * floats, rows_of(tasks[i]), value_stride_);
     };
-    parallel_for(threads, count * splits, [&](int64_t item) {
+    parallel_for<TileScope<T>>(threads, count * splits, [&](int64_t item) {
       const Task& task = tasks[item / splits];
       const int64_t keys = round_up((task.last_key - task.first_key + splits - 1) / splits, kLanes);
       const int64_t first = std::min(task.last_key, task.first_key + item % splits * keys);
@@ -134,7 +208,7 @@ class Kernel {
   }
 
   void prefetch(const PagedCache& cache, const Task& task, int64_t first, int count) const {
-    const T* rows[kBlockKeys];
+    const T* rows[kBlockKeys<T>];
     locate(cache, task, task.first_head, first, count, rows);
     for (int j = 0; j < count; ++j)
       for (int64_t h = 0; h < task.heads; ++h)
@@ -145,17 +219,21 @@ class Kernel {
     struct QueryTag;
     struct KeyTag;
     struct ValueTag;
-    const int64_t rows = rows_of(task), head_rows = task.queries * group_, query_stride = key_lanes_ * kPerLane<T>;
-    Factor<T>* query = scratch<QueryTag, Factor<T>>(rows * query_stride);
-    gather_queries(task, query, query_stride);
+    const int64_t rows = rows_of(task), head_rows = task.queries * group_;
+    KeyBlock<T> keys;
+    keys.packed = head_rows > kDirectRows;
+    const int64_t query_stride = kConverted<T> && !keys.packed ? round_up(size_, 2 * kLanes) : key_lanes_ * kPerLane<T>;
+    Factor<T>* query = scratch<QueryTag, Factor<T>>((rows + tile::kRows) * query_stride);
+    gather_queries(task, query, query_stride, !keys.packed);
     std::fill_n(state.maximum, rows, -kInfinity);
     std::fill_n(state.sums, rows * kLanes, 0.0f);
     std::fill_n(state.values, rows * value_stride_, 0.0f);
 
-    float* keys = scratch<KeyTag, float>(kBlockKeys * key_lanes_);
-    float* values = scratch<ValueTag, float>(value_stride_ * lanes_of<T>(kBlockKeys));
-    const int64_t value_lanes = lanes_of<T>(kBlockKeys);
-    const int64_t block = task.heads > 1 ? kBlockKeysAllHeads : kBlockKeys;
+    if (keys.packed) {
+      keys.key_panels = scratch<KeyTag, float>(kBlockKeys<T> * key_depth_);
+      keys.value_panels = scratch<ValueTag, float>(value_stride_ * keys.kValueLanes);
+    }
+    const int64_t block = task.heads > 1 ? kBlockKeysAllHeads : kBlockKeys<T>;
     const auto keys_from = [&](int64_t key) { return static_cast<int>(std::clamp<int64_t>(last_key - key, 0, block)); };
     const auto prefetch_from = [&](int64_t key) {
       prefetch(p_.key_cache, task, key, keys_from(key));
@@ -163,24 +241,29 @@ class Kernel {
     };
     prefetch_from(first_key);
     for (int64_t key = first_key; key < last_key; key += block) {
-      const int count = keys_from(key);
+      keys.first = key, keys.count = keys_from(key);
       if (key + block < last_key) prefetch_from(key + block);
       Partial head_state = state;
       for (int64_t h = 0; h < task.heads; ++h, head_state.advance(head_rows)) {
-        const T* row[kBlockKeys];
-        locate(p_.key_cache, task, task.first_head + h, key, count, row);
-        for (int j = 0; j < count; j += kTileColumns)
-          pack_panel<T>(row + j, std::min(kTileColumns, count - j), size_, keys + j * key_lanes_, kTileColumns);
-        locate(p_.value_cache, task, task.first_head + h, key, count, row);
-        for (int64_t e = 0; e < size_; e += kTileColumns) {
-          pack_values<T>(row, count, std::min<int64_t>(kTileColumns, size_ - e), values + e * value_lanes,
-                         kTileColumns);
-          for (int j = 0; j < count; ++j) row[j] += kTileColumns;
-        }
-        for (int64_t r = 0; r < head_rows; r += kTileRows)
-          step(task, head_state, r, static_cast<int>(std::min<int64_t>(kTileRows, head_rows - r)),
-               query + (h * head_rows + r) * query_stride, query_stride, key, count, keys, values, value_lanes);
+        locate(p_.key_cache, task, task.first_head + h, key, keys.count, keys.keys);
+        locate(p_.value_cache, task, task.first_head + h, key, keys.count, keys.values);
+        if (keys.packed) pack(keys);
+        for (int64_t r = 0; r < head_rows; r += kTileRows<T>)
+          step(task, head_state, r, static_cast<int>(std::min<int64_t>(kTileRows<T>, head_rows - r)),
+               query + (h * head_rows + r) * query_stride, query_stride, keys);
       }
+    }
+  }
+
+  void pack(const KeyBlock<T>& keys) const {
+    for (int j = 0; j < keys.count; j += kTileColumns)
+      pack_panel<T>(keys.keys + j, std::min(kTileColumns, keys.count - j), size_, keys.key_panels + j * key_depth_,
+                    kTileColumns);
+    const T* values[kBlockKeys<T>];
+    for (int64_t e = 0; e < size_; e += kTileColumns) {
+      for (int j = 0; j < keys.count; ++j) values[j] = keys.values[j] + e;
+      pack_values<T>(values, keys.count, std::min<int64_t>(kTileColumns, size_ - e),
+                     keys.value_panels + e * keys.kValueLanes, kTileColumns);
     }
   }
 
@@ -191,41 +274,67 @@ class Kernel {
             (task.first_head + r / head_rows) * group_ + in_head % group_};
   }
 
-  void gather_queries(const Task& task, Factor<T>* to, int64_t stride) const {
+  void gather_queries(const Task& task, Factor<T>* to, int64_t stride, bool for_dots) const {
     for (int64_t r = 0; r < rows_of(task); ++r, to += stride) {
       const auto [token, head] = locate_row(task, r);
       const T* from = static_cast<const T*>(p_.query) + token * p_.query_token_stride + head * p_.query_head_stride;
-      if constexpr (std::is_same_v<T, Factor<T>>) {
-        std::memcpy(to, from, size_ * sizeof(T));
-        if (size_ % kPerLane<T>) to[size_] = {};
-      } else {
-        for_each_vector(size_, [&](int64_t i, auto n) { store(to + i, load(from + i, n), n); });
+      if constexpr (kConverted<T>) {
+        if (for_dots) {
+          dot_factors(from, size_, to);
+          continue;
+        }
       }
+      copy_row<T>(from, size_, to);
     }
   }
 
-  /// Rows [r, r + count) of one head meet keys [key, key + keys).
+  /// Rows [r, r + count) of one head meet a block of keys.
   void step(const Task& task, Partial state, int64_t r, int count, const Factor<T>* query, int64_t query_stride,
-            int64_t key, int keys, const float* key_panels, const float* value_panels, int64_t value_lanes) const {
+            const KeyBlock<T>& block) const {
     const int64_t base = p_.seqlens_k[task.sequence] -
                          (p_.cu_seqlens_q[task.sequence + 1] - p_.cu_seqlens_q[task.sequence]) + task.first_query;
     const int64_t first = base + r / group_, last = base + (r + count - 1) / group_;  // positions of the rows
-    if (!p_.spans) keys = static_cast<int>(std::min<int64_t>(keys, last - key + 1));
+    const int64_t key = block.first;
+    const int keys = p_.spans ? block.count : static_cast<int>(std::min<int64_t>(block.count, last - key + 1));
     if (keys <= 0 || (p_.window_size > 0 && key + keys - 1 <= first - p_.window_size)) return;
 
-    alignas(64) float scores[kTileRows * kBlockKeys];
-    alignas(64) Factor<T> weights[kTileRows * kBlockKeys];
-    for (int j = 0; j < keys; j += kTileColumns)
-      multiply_tile<T>(count, std::min(kTileColumns, keys - j), query, query_stride, key_panels + j * key_lanes_,
-                       kTileColumns, key_lanes_, nullptr, scores + j, kBlockKeys);
+    constexpr int64_t kStride = kBlockKeys<T>;
+    alignas(64) float scores[kTileRows<T> * kStride], alpha[round_up(kTileRows<T>, kLanes)] = {};
+    if (block.packed) {
+      for (int j = 0; j < keys; j += kTileColumns)
+        multiply_tile<T>(count, std::min(kTileColumns, keys - j), query, query_stride,
+                         block.key_panels + j * key_depth_, kTileColumns, key_lanes_, nullptr, scores + j, kStride);
+    } else {
+      multiply_dots<T>(count, keys, query, query_stride, block.keys, size_, scores, kStride);
+    }
     const bool all_visible = !p_.spans && keys % kLanes == 0 && key + keys - 1 <= first &&
                              (p_.window_size == 0 || key > last - p_.window_size);
-    // The rows' new maxima, and how much what they have so far shrinks by them.
+    if (!all_visible)
+      for (int i = 0; i < count; ++i) mask(task, base + (r + i) / group_, key, keys, scores + i * kStride);
+
+    if (!block.packed) {
+      softmax(state, r, count, keys, scores, scores, alpha);
+      weigh(count, keys, scores, block.values, alpha, state.values + r * value_stride_);
+      return;
+    }
+    alignas(64) Factor<T> weights[kTileRows<T> * kStride];
+    softmax(state, r, count, keys, scores, weights, alpha);
+    for (int64_t e = 0; e < size_; e += kTileColumns)
+      multiply_tile<T>(count, static_cast<int>(std::min<int64_t>(kTileColumns, size_ - e)), weights, kStride,
+                       block.value_panels + e * block.kValueLanes, kTileColumns, lanes_of<T>(keys), alpha,
+                       state.values + r * value_stride_ + e, value_stride_);
+  }
+
+  /// From scores to weights of the keys; the rows' maxima and sums go on, and what the rows have so far is to shrink by
+  /// alpha.
+  template <typename Weight>
+  void softmax(Partial state, int64_t r, int count, int keys, const float* scores, Weight* weights,
+               float* alpha) const {
+    constexpr int64_t kStride = kBlockKeys<T>;
     const float scale = p_.softmax_scale * kLog2E;
-    alignas(64) float maxima[kTileRows], alpha[round_up(kTileRows, kLanes)] = {};
+    float maxima[kTileRows<T>];
     for (int i = 0; i < count; ++i) {
-      float* score = scores + i * kBlockKeys;
-      if (!all_visible) mask(task, base + (r + i) / group_, key, keys, score);
+      const float* score = scores + i * kStride;
       Vec top = load(score);
       for (int j = kLanes; j < keys; j += kLanes) top = max(top, load(score + j));
       const float before = state.maximum[r + i], maximum = std::max(before, reduce_max(top));
@@ -235,19 +344,23 @@ class Kernel {
     }
     for (int i = 0; i < count; i += kLanes) store(alpha + i, exp2(load(alpha + i)));
     for (int i = 0; i < count; ++i) {
-      const float* score = scores + i * kBlockKeys;
+      const float* score = scores + i * kStride;
       Vec sum = load(state.sums + (r + i) * kLanes) * alpha[i];
       for (int j = 0; j < keys; j += kLanes) {
         const Vec weight = exp2((load(score + j) - maxima[i]) * scale);  // in this order: at the maximum exactly 1
         sum += weight;
-        store(weights + i * kBlockKeys + j, weight);
+        store(weights + i * kStride + j, weight);
       }
       store(state.sums + (r + i) * kLanes, sum);
     }
-    for (int64_t e = 0; e < size_; e += kTileColumns)
-      multiply_tile<T>(count, static_cast<int>(std::min<int64_t>(kTileColumns, size_ - e)), weights, kBlockKeys,
-                       value_panels + e * value_lanes, kTileColumns, lanes_of<T>(keys), alpha,
-                       state.values + r * value_stride_ + e, value_stride_);
+  }
+
+  void weigh(int count, int keys, const float* weights, const T* const* values, const float* alpha, float* sums) const {
+    static constexpr decltype(&weigh_values<T, 1>) kWeigh[] = {weigh_values<T, 1>, weigh_values<T, 2>,
+                                                               weigh_values<T, 3>, weigh_values<T, 4>};
+    for (int r = 0; r < count; r += 4)
+      kWeigh[std::min(4, count - r) - 1](weights + r * kBlockKeys<T>, kBlockKeys<T>, keys, values, size_, alpha + r,
+                                         sums + r * value_stride_, value_stride_);
   }
 
   /// -inf for the keys that the query at `position` does not see, and behind the last key up to a whole vector.
@@ -291,7 +404,7 @@ class Kernel {
   }
 
   const Attention& p_;
-  const int64_t size_, group_, key_lanes_, value_stride_;
+  const int64_t size_, group_, key_lanes_, key_depth_, value_stride_;
 };
 
 }  // namespace

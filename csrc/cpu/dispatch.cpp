@@ -1,7 +1,15 @@
 #include "cpu/dispatch.h"
 
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <stdexcept>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "pop/attention.h"
 #include "pop/gated_linear.h"
@@ -36,31 +44,59 @@ struct Kernels {
   POP_FOR_EACH_OPERATION(POP_DECLARE) \
   }
 #if defined(__x86_64__)
+POP_DECLARE_SET(amx_bf16)
 POP_DECLARE_SET(avx512_bf16)
 POP_DECLARE_SET(avx2)
 #endif
 POP_DECLARE_SET(portable)
+POP_DECLARE_SET(amx_bf16_emulated)
 
 namespace {
 
-// In the order of POP_FOR_EACH_OPERATION.
+#if defined(__x86_64__)
+
+bool has_avx512_bf16() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+
+/// Whether the processor multiplies bf16 on tiles and the system lets this process use them, which must be asked for.
+bool has_amx_bf16() {
+#if defined(__linux__)
+  constexpr unsigned kOsxsave = 1u << 27, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 1 ECX, leaf 7 EDX
+  constexpr unsigned kTileConfig = 1u << 17, kTileData = 1u << 18;                   // of XCR0
+  constexpr int kRequestPermission = 0x1023, kTileDataFeature = 18;                  // ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsxsave)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kAmxBf16 | kAmxTile)) != (kAmxBf16 | kAmxTile)) return false;
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & (kTileConfig | kTileData)) != (kTileConfig | kTileData)) return false;
+  return has_avx512_bf16() && syscall(SYS_arch_prctl, kRequestPermission, kTileDataFeature) == 0;
+#else
+  return false;
+#endif
+}
+
+#endif
+
+// The operations in the order of POP_FOR_EACH_OPERATION.
+#define POP_KERNELS(isa, supported) \
+  {#isa, supported, isa::attention, isa::gated_linear, isa::linear, isa::project_kv, isa::qkv_project, isa::rms_norm}
+
+// The fastest first; portable is always there, so what comes behind it is never chosen unasked.
 const Kernels kKernels[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16",
-     __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-     avx512_bf16::attention, avx512_bf16::gated_linear, avx512_bf16::linear, avx512_bf16::project_kv,
-     avx512_bf16::qkv_project, avx512_bf16::rms_norm},
-    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::attention, avx2::gated_linear,
-     avx2::linear, avx2::project_kv, avx2::qkv_project, avx2::rms_norm},
+    POP_KERNELS(amx_bf16, has_amx_bf16()),
+    POP_KERNELS(avx512_bf16, has_avx512_bf16()),
+    POP_KERNELS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
 #endif
-    {"portable", true, portable::attention, portable::gated_linear, portable::linear, portable::project_kv,
-     portable::qkv_project, portable::rms_norm},
+    POP_KERNELS(portable, true),
+    POP_KERNELS(amx_bf16_emulated, true),
 };
 
 const Kernels* fastest() {
-  for (const Kernels& k : kKernels)
-    if (k.supported) return &k;
-  return nullptr;
+  return std::find_if(std::begin(kKernels), std::end(kKernels), [](const Kernels& k) { return k.supported; });
 }
 std::atomic<const Kernels*> current{fastest()};
 

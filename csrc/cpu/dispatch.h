@@ -5,7 +5,8 @@
 
 namespace pop::cpu {
 
-/// Instruction sets that this build has kernels for and this processor runs, the fastest first.
+/// Instruction sets that this build has kernels for and this processor runs, the fastest first. The last,
+/// amx_bf16_emulated, is for tests: the code for tiles, on tiles in plain arithmetic. It is never in use unasked.
 std::vector<std::string> instruction_sets();
 
 /// The one in use; at first the fastest.

@@ -9,7 +9,7 @@ namespace {
 template <typename T, typename Act>
 void run(const GatedLinear& p, const Threads& threads, Act&& act) {
   const T* weight = static_cast<const T*>(p.weight);
-  const int half = block_columns(p.tokens, 2 * p.out, threads.count) / 2;
+  const int half = block_columns(p.tokens, 2 * p.out, p.in, threads.count) / 2;
   const auto width = [&](int64_t block) { return static_cast<int>(std::min<int64_t>(half, p.out - block * half)); };
   const auto columns = [&](int64_t block) { return 2 * width(block); };
   const auto row = [&](int64_t block, int c) {

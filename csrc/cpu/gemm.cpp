@@ -14,10 +14,15 @@ POP_INLINE Vec broadcast_lane(const void* p) {
 
 template <typename T>
 POP_INLINE Vec multiply_add(Vec acc, Vec a, Vec b) {
+  if constexpr (kPerLane<T> == 2) {
 #if defined(__AVX512BF16__)
-  if constexpr (kPerLane<T> == 2) return _mm512_dpbf16_ps(acc, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+    return _mm512_dpbf16_ps(acc, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+#else
+    return acc + even(bit_cast<Int>(a)) * even(bit_cast<Int>(b)) + odd(bit_cast<Int>(a)) * odd(bit_cast<Int>(b));
 #endif
-  return acc + a * b;
+  } else {
+    return acc + a * b;
+  }
 }
 
 /// kLanes lanes from p, which `available` elements follow (zeros behind them).
@@ -40,58 +45,168 @@ POP_INLINE Vec load_lanes(const T* p, int64_t available) {
 }
 
 template <typename T, int Rows, int Vecs>
-void tile(const Factor<T>* a, int64_t a_stride, const float* panel, int64_t panel_stride, int64_t lanes,
-          const float* alpha, float* c, int64_t c_stride) {
-  Vec acc[Rows][Vecs];
+void vector_block(const Factor<T>* a, int64_t a_stride, const float* panel, int64_t panel_stride, int64_t lanes,
+                  const float* alpha, float* c, int64_t c_stride) {
+  int64_t k = 0;
+  do {
+    Vec acc[Rows][Vecs] = {};
+    for (const int64_t end = std::min(lanes, k + kSumLanes); k < end; ++k, a += kPerLane<T>, panel += panel_stride) {
+      Vec b[Vecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vecs; ++v) b[v] = load(panel + v * kLanes);
 #pragma GCC unroll 6
-  for (int r = 0; r < Rows; ++r)
+      for (int r = 0; r < Rows; ++r) {
+        const Vec ar = broadcast_lane(a + r * a_stride);
 #pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) acc[r][v] = alpha ? load(c + r * c_stride + v * kLanes) * alpha[r] : Vec{};
-  for (int64_t k = 0; k < lanes; ++k, a += kPerLane<T>, panel += panel_stride) {
-    Vec b[Vecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) b[v] = load(panel + v * kLanes);
+        for (int v = 0; v < Vecs; ++v) acc[r][v] = multiply_add<T>(acc[r][v], ar, b[v]);
+      }
+    }
+    const bool first = k <= kSumLanes;
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
-      const Vec ar = broadcast_lane(a + r * a_stride);
+      const float scale = first && alpha ? alpha[r] : 1.0f;
 #pragma GCC unroll 4
-      for (int v = 0; v < Vecs; ++v) acc[r][v] = multiply_add<T>(acc[r][v], ar, b[v]);
+      for (int v = 0; v < Vecs; ++v) {
+        float* to = c + r * c_stride + v * kLanes;
+        store(to, first && !alpha ? acc[r][v] : acc[r][v] + load(to) * scale);
+      }
     }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) store(c + r * c_stride + v * kLanes, acc[r][v]);
+  } while (k < lanes);
 }
 
 template <typename T, size_t... I>
-constexpr auto tile_table(std::index_sequence<I...>) {
-  return std::array{&tile<T, I / kTileVecs + 1, I % kTileVecs + 1>...};
+constexpr auto block_table(std::index_sequence<I...>) {
+  return std::array{&vector_block<T, I / kTileVecs + 1, I % kTileVecs + 1>...};
+}
+
+/// One step of dots: the vector or two of w at i.
+template <typename T>
+inline constexpr int kDotStep = kConverted<T> ? 2 * kLanes : kPerLane<T> * kLanes;
+
+template <typename T, int Rows, int Chains, typename N>
+POP_INLINE void dot_step(const Factor<T>* x, int64_t x_stride, const T* w, N available, Vec (&acc)[Rows][Chains],
+                         int chain) {
+  if constexpr (kConverted<T>) {
+    Int pairs{};
+    if (available >= kDotStep<T>)
+      std::memcpy(&pairs, w, sizeof pairs);
+    else
+      std::memcpy(&pairs, w, available * sizeof(T));
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      acc[r][chain] += load(x + r * x_stride) * even(pairs);
+      acc[r][chain + 1] += load(x + r * x_stride + kLanes) * odd(pairs);
+    }
+  } else {
+    const Vec wv = load_lanes(w, available);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+      acc[r][chain] = multiply_add<T>(acc[r][chain], load_lanes(x + r * x_stride, available), wv);
+  }
 }
 
 /// c[r] = x[r] . w. One row of the weight at a time: memory is read fastest as a single stream.
 template <typename T, int Rows>
-void dots(const T* x, int64_t x_stride, const T* w, int64_t k, float* c, int64_t c_stride) {
-  constexpr int kStep = kPerLane<T> * kLanes, kUnroll = 4;
-  Vec acc[Rows][kUnroll] = {};
-  int64_t i = 0;
-  for (; i + kUnroll * kStep <= k; i += kUnroll * kStep) {
+void dots(const Factor<T>* x, int64_t x_stride, const T* w, int64_t k, float* c, int64_t c_stride) {
+  // Chains of dependent sums: enough to hide their latency, few enough for the registers.
+  constexpr int kSums = kConverted<T> ? 2 : 1, kChains = kLanes == 16 || Rows < 2 ? 4 * kSums : Rows < 3 ? 4 : 2;
+  constexpr int kStep = kDotStep<T>, kUnroll = kChains / kSums;
+  Vec total[Rows] = {};
+  for (int64_t i = 0; i < k;) {
+    Vec acc[Rows][kChains] = {};
+    const int64_t end = std::min(k, i + kSumLanes * kUnroll * kStep);
+    for (; i + kUnroll * kStep <= end; i += kUnroll * kStep) {
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      const Vec wv = load_lanes(w + i + u * kStep, kStep);
+      for (int u = 0; u < kUnroll; ++u)
+        dot_step<T>(x + i + u * kStep, x_stride, w + i + u * kStep, std::integral_constant<int, kStep>{}, acc,
+                    u * kSums);
+    }
+    for (; i < end; i += kStep) dot_step<T>(x + i, x_stride, w + i, end - i, acc, 0);
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r)
-        acc[r][u] = multiply_add<T>(acc[r][u], load_lanes(x + r * x_stride + i + u * kStep, kStep), wv);
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+      for (int u = 1; u < kChains; ++u) acc[r][0] += acc[r][u];
+      total[r] += acc[r][0];
     }
   }
-  for (; i < k; i += kStep) {
-    const Vec wv = load_lanes(w + i, k - i);
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) acc[r][0] = multiply_add<T>(acc[r][0], load_lanes(x + r * x_stride + i, k - i), wv);
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) c[r * c_stride] = reduce_add((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3]));
+  for (int r = 0; r < Rows; ++r) c[r * c_stride] = reduce_add(total[r]);
 }
+
+#if defined(__AMX_BF16__) || defined(POP_EMULATED_TILES)
+
+/// RowTiles x ColumnTiles tiles of C, in tiles 0 to 3. The second row of them begins `below` rows after the first:
+/// fewer than a tile's rows where they overlap, which writes the same sums twice.
+template <int RowTiles, int ColumnTiles>
+void tile_block(int below, const bf16* a, int64_t a_stride, const float* panel, int64_t panel_stride, int64_t lanes,
+                float* c, int64_t c_stride) {
+  tile::zero<0>(), tile::zero<1>(), tile::zero<2>(), tile::zero<3>();
+  const auto step = [&](const bf16* first, const bf16* second, int64_t stride, const float* b) {
+    const int64_t a_bytes = stride * sizeof(bf16), b_bytes = panel_stride * sizeof(float);
+    tile::load<4>(first, a_bytes);
+    tile::load<6>(b, b_bytes);
+    tile::dp_bf16<0, 4, 6>();
+    if constexpr (ColumnTiles == 2) {
+      tile::load<7>(b + kLanes, b_bytes);
+      tile::dp_bf16<1, 4, 7>();
+    }
+    if constexpr (RowTiles == 2) {
+      tile::load<5>(second, a_bytes);
+      tile::dp_bf16<2, 5, 6>();
+      if constexpr (ColumnTiles == 2) tile::dp_bf16<3, 5, 7>();
+    }
+  };
+  const int64_t whole = lanes / tile::kPairs * tile::kPairs;
+  const bf16* second = a + below * a_stride;
+  for (int64_t k = 0; k < whole; k += tile::kPairs) step(a + 2 * k, second + 2 * k, a_stride, panel + k * panel_stride);
+  if (whole < lanes) {  // the rest of k, zeros behind it
+    alignas(64) bf16 rest[RowTiles * tile::kRows][2 * tile::kPairs] = {};
+    for (int r = 0; r < RowTiles * tile::kRows; ++r)
+      std::memcpy(rest[r], (r < tile::kRows ? a + r * a_stride : second + (r - tile::kRows) * a_stride) + 2 * whole,
+                  (lanes - whole) * sizeof(float));
+    step(rest[0], rest[RowTiles == 2 ? tile::kRows : 0], 2 * tile::kPairs, panel + whole * panel_stride);
+  }
+  const int64_t bytes = c_stride * sizeof(float);
+  tile::store<0>(c, bytes);
+  if constexpr (ColumnTiles == 2) tile::store<1>(c + kLanes, bytes);
+  if constexpr (RowTiles == 2) {
+    tile::store<2>(c + below * c_stride, bytes);
+    if constexpr (ColumnTiles == 2) tile::store<3>(c + below * c_stride + kLanes, bytes);
+  }
+}
+
+/// c[r] = (scale ? scale[r] : 1) c[r] + sums[r].
+void add_rows(int rows, int columns, const float* sums, int64_t sums_stride, const float* scale, float* c,
+              int64_t c_stride) {
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < columns; i += kLanes)
+      store(c + r * c_stride + i,
+            load(c + r * c_stride + i) * (scale ? scale[r] : 1) + load(sums + r * sums_stride + i));
+}
+
+void multiply_on_tiles(int rows, int columns, const bf16* a, int64_t a_stride, const float* panel, int64_t panel_stride,
+                       int64_t lanes, const float* alpha, float* c, int64_t c_stride) {
+  static constexpr decltype(&tile_block<1, 1>) kBlocks[] = {tile_block<1, 1>, tile_block<1, 2>, tile_block<2, 1>,
+                                                            tile_block<2, 2>};
+  // A dp adds 32 products up before it adds to C, so that the sum is in blocks already, up to here.
+  constexpr int64_t kMostLanes = 512;
+  const int row_tiles = rows > tile::kRows ? 2 : 1;
+  for (int64_t k = 0; k < lanes; k += kMostLanes) {
+    alignas(64) float partial[kTileRows<bf16> * kTileColumns];
+    const bool add = alpha || k > 0;
+    float* sums = add ? partial : c;
+    const int64_t stride = add ? kTileColumns : c_stride;
+    for (int column = 0; column < columns; column += 2 * kLanes) {
+      const int column_tiles = columns - column > kLanes ? 2 : 1;
+      kBlocks[2 * row_tiles + column_tiles - 3](rows - tile::kRows, a + 2 * k, a_stride,
+                                                panel + k * panel_stride + column, panel_stride,
+                                                std::min(kMostLanes, lanes - k), sums + column, stride);
+    }
+    if (add) add_rows(rows, columns, partial, kTileColumns, k > 0 ? nullptr : alpha, c, c_stride);
+  }
+}
+
+#endif
 
 constexpr int kDotRows = 4;
 
@@ -113,7 +228,7 @@ void pack_panel(const T* const* rows, int columns, int64_t k, float* panel, int6
       }
       transpose(lanes);
       float* to = panel + i / kPerLane<T> * panel_stride + v * kLanes;
-      const int64_t valid = std::min<int64_t>(kLanes, lanes_of<T>(k - i));
+      const int64_t valid = std::min<int64_t>(kLanes, panel_lanes<T>(k - i));
       if (valid == kLanes) {
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes; ++r) store(to + r * panel_stride, lanes[r]);
@@ -127,13 +242,17 @@ void pack_panel(const T* const* rows, int columns, int64_t k, float* panel, int6
 template <typename T>
 void multiply_tile(int rows, int columns, const Factor<T>* a, int64_t a_stride, const float* panel,
                    int64_t panel_stride, int64_t lanes, const float* alpha, float* c, int64_t c_stride) {
-  static constexpr auto kTiles = tile_table<T>(std::make_index_sequence<kTileRows * kTileVecs>{});
+#if defined(__AMX_BF16__) || defined(POP_EMULATED_TILES)
+  if constexpr (kTiles<T>)
+    return multiply_on_tiles(rows, columns, a, a_stride, panel, panel_stride, lanes, alpha, c, c_stride);
+#endif
+  static constexpr auto kBlocks = block_table<T>(std::make_index_sequence<kVectorRows * kTileVecs>{});
   const int vecs = (columns + kLanes - 1) / kLanes;
-  kTiles[(rows - 1) * kTileVecs + vecs - 1](a, a_stride, panel, panel_stride, lanes, alpha, c, c_stride);
+  kBlocks[(rows - 1) * kTileVecs + vecs - 1](a, a_stride, panel, panel_stride, lanes, alpha, c, c_stride);
 }
 
 template <typename T>
-void multiply_dots(int64_t rows, int columns, const T* x, int64_t x_stride, const T* const* weights, int64_t k,
+void multiply_dots(int64_t rows, int columns, const Factor<T>* x, int64_t x_stride, const T* const* weights, int64_t k,
                    float* c, int64_t c_stride) {
   static constexpr decltype(&dots<T, 1>) kDots[kDotRows] = {dots<T, 1>, dots<T, 2>, dots<T, 3>, dots<T, 4>};
   for (int j = 0; j < columns; ++j) {
@@ -143,11 +262,20 @@ void multiply_dots(int64_t rows, int columns, const T* x, int64_t x_stride, cons
   }
 }
 
+void dot_factors(const bf16* x, int64_t k, float* to) {
+  for (int64_t i = 0; i < k; i += 2 * kLanes) {
+    Int pairs{};
+    std::memcpy(&pairs, x + i, std::min<int64_t>(2 * kLanes, k - i) * sizeof(bf16));
+    store(to + i, even(pairs));
+    store(to + i + kLanes, odd(pairs));
+  }
+}
+
 #define POP_INSTANTIATE(T)                                                                                          \
   template void pack_panel<T>(const T* const*, int, int64_t, float*, int64_t);                                      \
   template void multiply_tile<T>(int, int, const Factor<T>*, int64_t, const float*, int64_t, int64_t, const float*, \
                                  float*, int64_t);                                                                  \
-  template void multiply_dots<T>(int64_t, int, const T*, int64_t, const T* const*, int64_t, float*, int64_t);
+  template void multiply_dots<T>(int64_t, int, const Factor<T>*, int64_t, const T* const*, int64_t, float*, int64_t);
 POP_INSTANTIATE(float)
 POP_INSTANTIATE(bf16)
 

@@ -9,8 +9,8 @@
 namespace pop::cpu::POP_ISA {
 
 /// Heads are computed in blocks of whole heads.
-inline int64_t heads_per_block(int64_t tokens, int64_t heads, int64_t head_size, int threads) {
-  return std::clamp<int64_t>(block_columns(tokens, heads * head_size, threads) / head_size, 1, heads);
+inline int64_t heads_per_block(int64_t tokens, int64_t heads, int64_t head_size, int64_t k, int threads) {
+  return std::clamp<int64_t>(block_columns(tokens, heads * head_size, k, threads) / head_size, 1, heads);
 }
 
 template <typename T>

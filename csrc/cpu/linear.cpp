@@ -10,7 +10,7 @@ void run(const Linear& p, const Threads& threads) {
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
   const T* residual = static_cast<const T*>(p.residual);
-  const int width = block_columns(p.tokens, p.out, threads.count);
+  const int width = block_columns(p.tokens, p.out, p.in, threads.count);
   const auto columns = [&](int64_t block) { return static_cast<int>(std::min<int64_t>(width, p.out - block * width)); };
   const auto row = [&](int64_t block, int c) { return weight + (block * width + c) * p.weight_stride; };
   const auto epilogue = [&](int64_t block, int64_t first, int count, const float* sums, int64_t stride) {

@@ -10,7 +10,7 @@ namespace {
 template <typename T>
 void run(const ProjectKv& p, const Threads& threads) {
   const int64_t size = p.key_caches.head_size, kv_heads = p.key_caches.heads, heads = p.layers * 2 * kv_heads;
-  const int64_t block_heads = heads_per_block(p.tokens, heads, size, threads.count);
+  const int64_t block_heads = heads_per_block(p.tokens, heads, size, p.in, threads.count);
   const T* hidden = static_cast<const T*>(p.hidden);
   const T* weight = static_cast<const T*>(p.weight);
 

@@ -8,7 +8,7 @@ namespace {
 template <typename T>
 void run(const QkvProject& p, const Threads& threads) {
   const int64_t size = p.key_cache.head_size, kv_heads = p.key_cache.heads, heads = p.query_heads + 2 * kv_heads;
-  const int64_t block_heads = heads_per_block(p.tokens, heads, size, threads.count);
+  const int64_t block_heads = heads_per_block(p.tokens, heads, size, p.in, threads.count);
   const T* weight = static_cast<const T*>(p.weight);
   const auto heads_of = [&](int64_t block) { return std::min(block_heads, heads - block * block_heads); };
   const auto columns = [&](int64_t block) { return static_cast<int>(heads_of(block) * size); };

@@ -20,6 +20,9 @@ namespace pop::cpu::POP_ISA {
 #if defined(__AVX512BF16__)
 inline constexpr int kLanes = 16;
 inline constexpr bool kBf16Dot = true;  // vdpbf16ps multiplies pairs of bf16 into fp32
+#elif defined(POP_EMULATED_TILES)
+inline constexpr int kLanes = 16;       // the compiler makes such a vector of what the processor has
+inline constexpr bool kBf16Dot = true;  // in plain arithmetic
 #elif defined(__AVX2__)
 inline constexpr int kLanes = 8;
 inline constexpr bool kBf16Dot = false;
@@ -48,6 +51,10 @@ POP_INLINE float to_float(float x) { return x; }
 POP_INLINE float to_float(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
 
 POP_INLINE Vec broadcast(float x) { return x - Vec{}; }
+
+/// Of pairs of bf16, the first or the second of each, as floats.
+POP_INLINE Vec even(Int pairs) { return bit_cast<Vec>(pairs << 16); }
+POP_INLINE Vec odd(Int pairs) { return bit_cast<Vec>(pairs & -65536); }
 
 POP_INLINE Vec widen(Half h) { return bit_cast<Vec>(__builtin_convertvector(h, Int) << 16); }
 
@@ -179,14 +186,20 @@ POP_INLINE Vec exp2(Vec t) {
 #endif
 }
 
+/// In blocks, whose sums are then added up: a long sum of positive numbers rounds most of what it adds.
 template <typename T>
 POP_INLINE float sum_of_squares(const T* x, int64_t size) {
-  Vec sum{};
-  for_each_vector(size, [&](int64_t i, auto n) {
-    const Vec v = load(x + i, n);
-    sum += v * v;
-  });
-  return reduce_add(sum);
+  constexpr int64_t kBlock = 32 * kLanes;
+  Vec total{};
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    Vec sum{};
+    for_each_vector(size - begin < kBlock ? size - begin : kBlock, [&](int64_t i, auto n) {
+      const Vec v = load(x + begin + i, n);
+      sum += v * v;
+    });
+    total += sum;
+  }
+  return reduce_add(total);
 }
 
 inline constexpr float kLog2E = 1.44269504088896340736f;

@@ -6,12 +6,19 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <concepts>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "pop/types.h"
 
 namespace pop::cuda {
+
+template <std::integral N, std::integral By>
+constexpr auto ceil_div(N n, By by) {
+  return (n + by - 1) / by;
+}
 
 /// What to do about an error that is the installation's.
 inline const char* advice(cudaError_t error) {
@@ -48,21 +55,35 @@ inline Device current_device(const char* operation) {
   return d;
 }
 
+/// Every kernel that `launch` may run, in a list built before main.
+struct Kernel {
+  const void* function;
+  const Kernel* next;
+
+  explicit Kernel(const void* f) : function(f), next(first) { first = this; }
+  static inline const Kernel* first = nullptr;
+};
+template <auto kKernel>
+inline const Kernel registered{reinterpret_cast<const void*>(kKernel)};
+
 /// Launches kKernel(parameters); a kernel that takes more than 48 KiB of shared memory opts in once per device.
 template <auto kKernel, typename Parameters>
 void launch(const char* operation, dim3 grid, dim3 block, int shared_bytes, Stream stream,
             const Parameters& parameters) {
+  static_assert(std::is_same_v<decltype(kKernel), void (*)(Parameters)>);
+  const void* const kernel = registered<kKernel>.function;
   if (shared_bytes > 48 * 1024) {
     static std::atomic<int> opted_in[kMaxDevices];
     int device;
     check(operation, cudaGetDevice(&device));
     if (device >= kMaxDevices || opted_in[device].load(std::memory_order_relaxed) < shared_bytes) {
-      check(operation, cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+      check(operation, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
       if (device < kMaxDevices) opted_in[device].store(shared_bytes, std::memory_order_relaxed);
     }
   }
-  kKernel<<<grid, block, shared_bytes, stream>>>(parameters);
-  check(operation, cudaGetLastError());
+  // Its own result, and not cudaGetLastError(), which may be an error that another library left behind.
+  void* arguments[] = {const_cast<Parameters*>(&parameters)};
+  check(operation, cudaLaunchKernel(kernel, grid, block, arguments, shared_bytes, stream));
 }
 
 }  // namespace pop::cuda

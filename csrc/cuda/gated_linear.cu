@@ -1,7 +1,6 @@
 // y = act(x gate^T) * (x up^T): one multiplication, in whose tiles eight rows of the gate alternate with eight of up.
 
-#include "cuda/gemm.h"
-#include "cuda/skinny_gemm.h"
+#include "cuda/multiply.h"
 #include "cuda/sums.h"
 #include "pop/gated_linear.h"
 
@@ -41,36 +40,18 @@ struct Gate {
   }
 };
 
-using Large = Tile<128, 128, 64, 64>;
-using Small = Tile<64, 128, 32, 64>;
-
 template <typename T>
 void run(const GatedLinear& a, Stream stream) {
-  GemmParameters<Gate> p{.tokens = static_cast<int>(a.tokens),
-                         .k = static_cast<int>(a.in),
-                         .x = a.x,
-                         .x_stride = a.x_stride,
-                         .weight = a.weight,
-                         .weight_stride = a.weight_stride,
-                         .epilogue = {a.out, a.activation == Activation::kGeluTanh, a.y}};
-  if (a.tokens <= kSkinnyTokens) {
-    p.column_tiles = ceil_div(a.out, 16);
-    if (a.tokens <= 8)
-      launch_skinny_gemm<T, SkinnyTile<8, 32>>(kName, p, stream);
-    else if (a.tokens <= 16)
-      launch_skinny_gemm<T, SkinnyTile<16, 32>>(kName, p, stream);
-    else if (a.tokens <= 32)
-      launch_skinny_gemm<T, SkinnyTile<32, 32>>(kName, p, stream);
-    else
-      launch_skinny_gemm<T, SkinnyTile<64, 32>>(kName, p, stream);
-    return;
-  }
-  const Device device = current_device(kName);
-  p.column_tiles = ceil_div(a.out, Large::kColumns / 2);
-  if (prefer_large<Large, Small>(a.tokens, p.column_tiles, device))
-    launch_tiles<T, Large>(kName, p, 1, stages(device), stream);
-  else
-    launch_tiles<T, Small>(kName, p, 1, stages(device), stream);
+  using Skinny = SkinnyShapes<SkinnyTile<8, 32>, SkinnyTile<16, 32>, SkinnyTile<32, 32>, SkinnyTile<64, 32>>;
+  const GemmParameters<Gate> p{.tokens = static_cast<int>(a.tokens),
+                               .k = static_cast<int>(a.in),
+                               .x = a.x,
+                               .x_stride = a.x_stride,
+                               .weight = a.weight,
+                               .rows = 2 * a.out,
+                               .weight_stride = a.weight_stride,
+                               .epilogue = {a.out, a.activation == Activation::kGeluTanh, a.y}};
+  multiply<T>(kName, Skinny{}, p, 1, stream);
 }
 
 }  // namespace

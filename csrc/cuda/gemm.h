@@ -11,7 +11,6 @@
 //   weight_row(tile, width, r)   which row of the weight row r of a tile's `width` is; -1 for none
 //   finish<T, ...>(sums, ...)    takes finished rows of sums from shared memory to where they belong
 
-#include <algorithm>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/swizzle_layout.hpp>
 
@@ -27,7 +26,7 @@ struct GemmParameters {
   const void* x;  // [tokens, k]
   int64_t x_stride;
   const void* weight;  // [rows, k]
-  int64_t weight_stride;
+  int64_t rows, weight_stride;
   Epilogue epilogue;
   int column_tiles = 0;
   int stages = 0, split_k = 0;  // blockIdx.y takes [y * split_k, (y + 1) * split_k) of K
@@ -36,8 +35,6 @@ struct GemmParameters {
 inline constexpr int kTileK = 32;
 // float32 between rows of finished sums: rows of a store, a quarter warp each, then fall into different banks.
 inline constexpr int kSumsPadding = 8;
-
-constexpr int ceil_div(int64_t n, int64_t by) { return static_cast<int>((n + by - 1) / by); }
 
 /// kRows tokens by kColumns rows of the weight, of which each warp has a part.
 template <int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_>
@@ -208,29 +205,6 @@ __global__ __launch_bounds__(Tile::kThreads,
     __syncthreads();
     p.epilogue.template finish<T, Tile::kWarpRows, kOut, Tile::kThreads>(out, token0 + rows0, p.tokens, column_tile);
   }
-}
-
-/// Stages of the ring: three leave room for two blocks where a multiprocessor has 100 KiB of shared memory.
-inline int stages(const Device& device) { return device.shared_per_block >= 160 * 1024 ? 4 : 3; }
-
-/// Whether large tiles finish first: they multiply more for each byte, small ones fill the device more evenly.
-template <typename Large, typename Small>
-bool prefer_large(int64_t tokens, int column_tiles, const Device& device) {
-  const auto rounds = [&](int rows, int blocks) {
-    return ceil_div(int64_t{ceil_div(tokens, rows)} * column_tiles, device.multiprocessors * blocks);
-  };
-  return rounds(Large::kRows, Large::kBlocks) * 64 * Large::kBlocks <=
-         rounds(Small::kRows, Small::kBlocks) * 36 * Small::kBlocks;
-}
-
-/// Launches tile_gemm over all tokens and column tiles.
-template <typename T, typename Tile, typename Epilogue>
-void launch_tiles(const char* operation, GemmParameters<Epilogue>& p, int splits, int stages, Stream stream) {
-  p.stages = stages;
-  p.split_k = ceil_div(ceil_div(p.k, splits), kTileK) * kTileK;
-  const dim3 grid(ceil_div(p.tokens, Tile::kRows) * p.column_tiles, splits);
-  launch<&tile_gemm<T, Tile, Epilogue>>(operation, grid, Tile::kThreads, Tile::template shared_bytes<Epilogue>(stages),
-                                        stream, p);
 }
 
 }  // namespace pop::cuda

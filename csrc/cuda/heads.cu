@@ -1,8 +1,7 @@
 #include <bit>
 
-#include "cuda/gemm.h"
 #include "cuda/heads.h"
-#include "cuda/skinny_gemm.h"
+#include "cuda/multiply.h"
 #include "cuda/sums.h"
 
 namespace pop::cuda {
@@ -103,38 +102,19 @@ struct FinishHeads {
   }
 };
 
+template <int kColumns>
+using HeadsSkinny = SkinnyShapes<SkinnyTile<16, kColumns>, SkinnyTile<64, kColumns>>;
+
+/// Tiles hold whole heads.
 template <typename T>
-void run(const char* operation, GemmParameters<FinishHeads>& p, Stream stream) {
-  const Heads& h = p.epilogue.h;
-  const int64_t rows = int64_t{h.layers} * (h.query_heads + 2 * h.kv_heads) * h.head_size;
-  if (p.tokens <= kSkinnyTokens) {
-    const int columns = std::max(h.head_size, 64);
-    p.column_tiles = ceil_div(rows, columns);
-    const bool very_few = p.tokens <= 16;
-    if (columns == 64)
-      very_few ? launch_skinny_gemm<T, SkinnyTile<16, 64>>(operation, p, stream)
-               : launch_skinny_gemm<T, SkinnyTile<64, 64>>(operation, p, stream);
-    else if (columns == 128)
-      very_few ? launch_skinny_gemm<T, SkinnyTile<16, 128>>(operation, p, stream)
-               : launch_skinny_gemm<T, SkinnyTile<64, 128>>(operation, p, stream);
-    else
-      very_few ? launch_skinny_gemm<T, SkinnyTile<16, 256>>(operation, p, stream)
-               : launch_skinny_gemm<T, SkinnyTile<64, 256>>(operation, p, stream);
-    return;
-  }
-  const Device device = current_device(operation);
-  if (h.head_size > 128) {
-    p.column_tiles = ceil_div(rows, 256);
-    launch_tiles<T, Tile<64, 256, 64, 64>>(operation, p, 1, stages(device), stream);
-    return;
-  }
-  using Large = Tile<128, 128, 64, 64>;
-  using Small = Tile<64, 128, 32, 64>;
-  p.column_tiles = ceil_div(rows, 128);
-  if (prefer_large<Large, Small>(p.tokens, p.column_tiles, device))
-    launch_tiles<T, Large>(operation, p, 1, stages(device), stream);
+void run(const char* operation, const GemmParameters<FinishHeads>& p, Stream stream) {
+  using Wide = Tile<64, 256, 64, 64>;
+  if (p.epilogue.h.head_size <= 64)
+    multiply<T>(operation, HeadsSkinny<64>{}, p, 1, stream);
+  else if (p.epilogue.h.head_size == 128)
+    multiply<T>(operation, HeadsSkinny<128>{}, p, 1, stream);
   else
-    launch_tiles<T, Small>(operation, p, 1, stages(device), stream);
+    multiply<T, Wide, Wide>(operation, HeadsSkinny<256>{}, p, 1, stream);
 }
 
 }  // namespace
@@ -142,13 +122,16 @@ void run(const char* operation, GemmParameters<FinishHeads>& p, Stream stream) {
 void project_heads(const char* operation, DType dtype, int64_t tokens, int64_t k, const void* x, int64_t x_stride,
                    const void* weight, const Heads& h, Stream stream) {
   const auto block_size = static_cast<uint64_t>(h.keys.block_size);
-  GemmParameters<FinishHeads> p{.tokens = static_cast<int>(tokens),
-                                .k = static_cast<int>(k),
-                                .x = x,
-                                .x_stride = x_stride,
-                                .weight = weight,
-                                .weight_stride = k,
-                                .epilogue = {h, std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1}};
+  const int64_t rows = int64_t{h.layers} * (h.query_heads + 2 * h.kv_heads) * h.head_size;
+  const GemmParameters<FinishHeads> p{
+      .tokens = static_cast<int>(tokens),
+      .k = static_cast<int>(k),
+      .x = x,
+      .x_stride = x_stride,
+      .weight = weight,
+      .rows = rows,
+      .weight_stride = k,
+      .epilogue = {h, std::has_single_bit(block_size) ? std::countr_zero(block_size) : -1}};
   dtype == DType::kBFloat16 ? run<bf16>(operation, p, stream) : run<fp16>(operation, p, stream);
 }
 

@@ -16,11 +16,11 @@ struct Heads {
   const float* q_norm;     // [head_size]
   const float* k_norm;     // [layers, head_size]
   float eps;
-  const float *cos, *sin;       // [ropes, tokens, head_size / 2]
-  const int32_t* rope_index;    // [layers]; null: rope 0
-  const int64_t* slot_mapping;  // [tokens], -1: not written
-  void* query;                  // [tokens, query_heads, head_size]
-  PagedCache keys, values;      // of the first layer
+  const float *cos, *sin;     // [ropes, tokens, head_size / 2]
+  const int32_t* rope_index;  // [layers]; null: rope 0
+  SlotMapping slot_mapping;   // [tokens], -1: not written
+  void* query;                // [tokens, query_heads, head_size]
+  PagedCache keys, values;    // of the first layer
   int64_t key_layer_stride, value_layer_stride;
 };
 

@@ -1,7 +1,6 @@
 // y = x weight^T (+ bias) (+ residual): by tiles, for few tokens, or with K split over blocks.
 
-#include "cuda/gemm.h"
-#include "cuda/skinny_gemm.h"
+#include "cuda/multiply.h"
 #include "cuda/sums.h"
 #include "pop/linear.h"
 
@@ -90,50 +89,36 @@ __global__ void combine_splits(const __grid_constant__ CombineParameters p) {
   p.store.store<T>(v, unit / chunks, unit % chunks * 8, 8);
 }
 
-using Large = Tile<128, 128, 64, 64>;
-using Small = Tile<64, 128, 32, 64>;
-
 /// Into how many parts K goes: as many as fill the device with tiles, each at least 512 deep.
 int splits(const Linear& a, const Device& device) {
   if (a.tokens <= kSkinnyTokens || a.out % 8) return 1;
-  const int64_t tiles = int64_t{ceil_div(a.tokens, Small::kRows)} * ceil_div(a.out, Small::kColumns);
+  const int64_t tiles = ceil_div(a.tokens, SmallTile::kRows) * ceil_div(a.out, SmallTile::kColumns);
   return static_cast<int>(std::clamp<int64_t>(std::min(device.multiprocessors * 2 / tiles, a.in / 512), 1, 16));
 }
 
 template <typename T>
 void run(const Linear& a, void* workspace, Stream stream) {
-  GemmParameters<Store> p{.tokens = static_cast<int>(a.tokens),
-                          .k = static_cast<int>(a.in),
-                          .x = a.x,
-                          .x_stride = a.x_stride,
-                          .weight = a.weight,
-                          .weight_stride = a.weight_stride,
-                          .epilogue = {a.out, a.bias, a.residual, a.residual_stride, a.y, a.y_is_float32, nullptr}};
-  if (a.tokens <= kSkinnyTokens) {
-    p.column_tiles = ceil_div(a.out, a.tokens <= 16 ? 16 : 32);
-    if (a.tokens <= 8)
-      launch_skinny_gemm<T, SkinnyTile<8, 16>>(kName, p, stream);
-    else if (a.tokens <= 16)
-      launch_skinny_gemm<T, SkinnyTile<16, 16>>(kName, p, stream);
-    else if (a.tokens <= 32)
-      launch_skinny_gemm<T, SkinnyTile<32, 32>>(kName, p, stream);
-    else
-      launch_skinny_gemm<T, SkinnyTile<64, 32>>(kName, p, stream);
-    return;
-  }
-  const Device device = current_device(kName);
-  p.column_tiles = ceil_div(a.out, Large::kColumns);
-  const int parts = splits(a, device);
+  using Skinny = SkinnyShapes<SkinnyTile<8, 16>, SkinnyTile<16, 16>, SkinnyTile<32, 32>, SkinnyTile<64, 32>>;
+  const int parts = splits(a, current_device(kName));
+  const Store store{a.out,
+                    a.bias,
+                    a.residual,
+                    a.residual_stride,
+                    a.y,
+                    a.y_is_float32,
+                    parts > 1 ? static_cast<float*>(workspace) : nullptr};
+  const GemmParameters<Store> p{.tokens = static_cast<int>(a.tokens),
+                                .k = static_cast<int>(a.in),
+                                .x = a.x,
+                                .x_stride = a.x_stride,
+                                .weight = a.weight,
+                                .rows = a.out,
+                                .weight_stride = a.weight_stride,
+                                .epilogue = store};
+  multiply<T>(kName, Skinny{}, p, parts, stream);
   if (parts > 1) {
-    p.epilogue.partial = static_cast<float*>(workspace);
-    launch_tiles<T, Small>(kName, p, parts, stages(device), stream);
-    const int64_t units = a.tokens * a.out / 8;
-    launch<&combine_splits<T>>(kName, dim3(ceil_div(units, 256)), 256, 0, stream,
-                               CombineParameters{a.tokens, parts, p.epilogue});
-  } else if (prefer_large<Large, Small>(a.tokens, p.column_tiles, device)) {
-    launch_tiles<T, Large>(kName, p, 1, stages(device), stream);
-  } else {
-    launch_tiles<T, Small>(kName, p, 1, stages(device), stream);
+    const auto blocks = static_cast<unsigned>(ceil_div(a.tokens * a.out / 8, 256));
+    launch<&combine_splits<T>>(kName, dim3(blocks), 256, 0, stream, CombineParameters{a.tokens, parts, store});
   }
 }
 

@@ -16,9 +16,9 @@ struct RowLaunch {
   dim3 grid, block;  // block.x threads a row, block.y rows a block
 };
 inline RowLaunch row_launch(int64_t tokens, int64_t hidden) {
-  const int64_t threads = std::min<int64_t>((hidden / 8 + 31) / 32 * 32, kMaxRowThreads);
+  const int64_t threads = std::min<int64_t>(ceil_div(hidden / 8, 32) * 32, kMaxRowThreads);
   const int64_t rows = std::max<int64_t>(1, kMinBlockThreads / threads);
-  return {dim3(static_cast<unsigned>((tokens + rows - 1) / rows)),
+  return {dim3(static_cast<unsigned>(ceil_div(tokens, rows))),
           dim3(static_cast<unsigned>(threads), static_cast<unsigned>(rows))};
 }
 

@@ -27,15 +27,22 @@ __device__ inline void unrolled(F&& f) {
 }
 
 /// Four 8x8 matrices of 16-bit elements, of which each lane names a row (`address + kOffset`).
-template <int kOffset>
+template <int kOffset = 0>
 __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address), "n"(kOffset));
 }
 
+/// The same, each matrix transposed.
+__device__ inline void load_transposed(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address));
+}
+
 /// Starts a copy of `bytes` bytes, 16 or 0; zeros fill up 16.
-template <int kOffset>
+template <int kOffset = 0>
 __device__ inline void copy_async(uint32_t address, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2], 16, %3;"
                :

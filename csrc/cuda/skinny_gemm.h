@@ -11,8 +11,6 @@
 
 namespace pop::cuda {
 
-inline constexpr int kSkinnyTokens = 64;
-
 template <int kTokens_, int kColumns_>
 struct SkinnyTile {
   static constexpr int kTokens = kTokens_, kColumns = kColumns_, kWarps = 8, kThreads = 32 * kWarps;
@@ -138,12 +136,6 @@ __global__ __launch_bounds__(Shape::kThreads) void skinny_gemm(const __grid_cons
   }
   __syncthreads();
   p.epilogue.template finish<T, Shape::kTokens, kOut, Shape::kThreads>(out, 0, p.tokens, blockIdx.x);
-}
-
-template <typename T, typename Shape, typename Epilogue>
-void launch_skinny_gemm(const char* operation, const GemmParameters<Epilogue>& p, Stream stream) {
-  launch<&skinny_gemm<T, Shape, Epilogue>>(operation, dim3(p.column_tiles), Shape::kThreads,
-                                           Shape::template shared_bytes<Epilogue>(), stream, p);
 }
 
 }  // namespace pop::cuda

@@ -6,7 +6,8 @@ namespace pop {
 
 /// Causal grouped-query attention over a paged cache. Sequence s has the queries [cu_seqlens_q[s], cu_seqlens_q[s +
 /// 1]), which are the last of its seqlens_k[s] tokens; query i of the context sees key j iff (j <= i, or both carry
-/// the same span id >= 0) and (window_size == 0 or j > i - window_size).
+/// the same span id >= 0) and (window_size == 0 or j > i - window_size). A sequence of seqlens_k[s] = 0 is padding: its
+/// rows of the output are zeros.
 struct Attention {
   DType dtype;
   int64_t tokens, sequences, query_heads;

@@ -19,7 +19,7 @@ struct ProjectKv {
   float eps;
   const float *cos, *sin;               // [ropes, tokens, head_size / 2], contiguous
   const int32_t* rope_index;            // [layers]
-  const int64_t* slot_mapping;          // [tokens], -1: not written
+  SlotMapping slot_mapping;             // [tokens], -1: not written
   PagedCache key_caches, value_caches;  // of the first layer
   int64_t key_layer_stride, value_layer_stride;
 };

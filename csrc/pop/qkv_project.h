@@ -16,8 +16,8 @@ struct QkvProject {
   const float* q_norm;  // [head_size] or null
   const float* k_norm;  // [head_size] or null
   float eps;
-  const float *cos, *sin;       // [tokens, head_size / 2], contiguous
-  const int64_t* slot_mapping;  // [tokens]
+  const float *cos, *sin;    // [tokens, head_size / 2], contiguous
+  SlotMapping slot_mapping;  // [tokens]
   PagedCache key_cache, value_cache;
   void* query;  // [tokens, query_heads, head_size], contiguous
 };

@@ -20,6 +20,14 @@ struct Threads {
 /// A CUDA stream (cudaStream_t, without CUDA's headers); kernels run on the current device.
 using Stream = CUstream_st*;
 
+/// The cache slot of each token, -1 where it is not written: int64, or int32 where that pointer is set.
+struct SlotMapping {
+  const int64_t* as_int64;
+  const int32_t* as_int32 = nullptr;
+
+  constexpr int64_t operator[](int64_t token) const { return as_int32 ? as_int32[token] : as_int64[token]; }
+};
+
 /// A paged cache of one layer's keys or values, [blocks, block_size, heads, head_size]. Strides count elements; the
 /// last dimension is contiguous. Slot s is token s % block_size of block s / block_size.
 struct PagedCache {

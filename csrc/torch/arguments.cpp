@@ -137,6 +137,15 @@ class Checker {
     return static_cast<const T*>(t->const_data_ptr());
   }
 
+  SlotMapping slots(const char* name, const Tensor& t, int64_t tokens) const {
+    const bool is_int32 = t.defined() && t.scalar_type() == ScalarType::Int;
+    if (t.defined() && !is_int32 && t.scalar_type() != ScalarType::Long)
+      fail(name, dtype_name(t.scalar_type()), "int64 or int32");
+    tensor(name, t, is_int32 ? ScalarType::Int : ScalarType::Long, {tokens}, "[T]", true);
+    if (is_int32) return {.as_int64 = nullptr, .as_int32 = static_cast<const int32_t*>(t.const_data_ptr())};
+    return {.as_int64 = static_cast<const int64_t*>(t.const_data_ptr())};
+  }
+
   /// An uninitialised output; `because_of` is the argument that its size follows.
   Tensor empty(const char* because_of, std::initializer_list<int64_t> shape, ScalarType type) const {
     int64_t strides[4], stride = 1;
@@ -210,9 +219,16 @@ Call<RmsNorm> rms_norm(const Backend& backend, const Tensor& x, const Tensor& we
   if (residual) check.tensor("residual", *residual, check.scalar(), {tokens, hidden}, "[T, D]");
   const float epsilon = check.eps(eps);
   Tensor y = check.empty("x", {tokens, hidden}, check.scalar());
-  return {{check.dtype(), tokens, hidden, x.const_data_ptr(), x.stride(0),
-           static_cast<const float*>(weight.const_data_ptr()), epsilon, residual ? residual->const_data_ptr() : nullptr,
-           residual ? residual->stride(0) : 0, y.mutable_data_ptr()},
+  return {{.dtype = check.dtype(),
+           .tokens = tokens,
+           .hidden = hidden,
+           .x = x.const_data_ptr(),
+           .x_stride = x.stride(0),
+           .weight = static_cast<const float*>(weight.const_data_ptr()),
+           .eps = epsilon,
+           .residual = residual ? residual->const_data_ptr() : nullptr,
+           .residual_stride = residual ? residual->stride(0) : 0,
+           .y = y.mutable_data_ptr()},
           y};
 }
 
@@ -233,9 +249,19 @@ Call<Linear> linear(const Backend& backend, const Tensor& x, const Tensor& weigh
   if (type != check.scalar() && type != ScalarType::Float)
     check.fail("out_dtype", dtype_name(type), "float32 or x's dtype");
   Tensor y = check.empty("x", {tokens, out}, type);
-  return {{check.dtype(), tokens, in, out, x.const_data_ptr(), x.stride(0), weight.const_data_ptr(), weight.stride(0),
-           bias_data, residual ? residual->const_data_ptr() : nullptr, residual ? residual->stride(0) : 0,
-           y.mutable_data_ptr(), type == ScalarType::Float},
+  return {{.dtype = check.dtype(),
+           .tokens = tokens,
+           .in = in,
+           .out = out,
+           .x = x.const_data_ptr(),
+           .x_stride = x.stride(0),
+           .weight = weight.const_data_ptr(),
+           .weight_stride = weight.stride(0),
+           .bias = bias_data,
+           .residual = residual ? residual->const_data_ptr() : nullptr,
+           .residual_stride = residual ? residual->stride(0) : 0,
+           .y = y.mutable_data_ptr(),
+           .y_is_float32 = type == ScalarType::Float},
           y};
 }
 
@@ -256,8 +282,16 @@ Call<GatedLinear> gated_linear(const Backend& backend, const Tensor& x, const Te
     check.fail("activation", '"' + activation + '"', "\"silu\" or \"gelu_tanh\"");
   const int64_t out = weight.size(0) / 2;
   Tensor y = check.empty("x", {tokens, out}, check.scalar());
-  return {{check.dtype(), tokens, in, out, x.const_data_ptr(), x.stride(0), weight.const_data_ptr(), weight.stride(0),
-           activation == "silu" ? Activation::kSiLU : Activation::kGeluTanh, y.mutable_data_ptr()},
+  return {{.dtype = check.dtype(),
+           .tokens = tokens,
+           .in = in,
+           .out = out,
+           .x = x.const_data_ptr(),
+           .x_stride = x.stride(0),
+           .weight = weight.const_data_ptr(),
+           .weight_stride = weight.stride(0),
+           .activation = activation == "silu" ? Activation::kSiLU : Activation::kGeluTanh,
+           .y = y.mutable_data_ptr()},
           y};
 }
 
@@ -289,13 +323,26 @@ Call<QkvProject> qkv_project(const Backend& backend, const Tensor& x, const Tens
   const float* k_gain = check.optional<float>("k_norm", k_norm, ScalarType::Float, {keys.head_size}, "[E]");
   check.tensor("cos", cos, ScalarType::Float, {tokens, keys.head_size / 2}, "[T, E / 2]", true);
   check.tensor("sin", sin, ScalarType::Float, {tokens, keys.head_size / 2}, "[T, E / 2]", true);
-  check.tensor("slot_mapping", slot_mapping, ScalarType::Long, {tokens}, "[T]", true);
+  const SlotMapping slots = check.slots("slot_mapping", slot_mapping, tokens);
   const float epsilon = check.eps(eps);
   Tensor query = check.empty("x", {tokens, query_heads, keys.head_size}, check.scalar());
-  return {{check.dtype(), tokens, in, query_heads, x.const_data_ptr(), x.stride(0), weight.const_data_ptr(), bias_data,
-           q_gain, k_gain, epsilon, static_cast<const float*>(cos.const_data_ptr()),
-           static_cast<const float*>(sin.const_data_ptr()), static_cast<const int64_t*>(slot_mapping.const_data_ptr()),
-           keys, values, query.mutable_data_ptr()},
+  return {{.dtype = check.dtype(),
+           .tokens = tokens,
+           .in = in,
+           .query_heads = query_heads,
+           .x = x.const_data_ptr(),
+           .x_stride = x.stride(0),
+           .weight = weight.const_data_ptr(),
+           .bias = bias_data,
+           .q_norm = q_gain,
+           .k_norm = k_gain,
+           .eps = epsilon,
+           .cos = static_cast<const float*>(cos.const_data_ptr()),
+           .sin = static_cast<const float*>(sin.const_data_ptr()),
+           .slot_mapping = slots,
+           .key_cache = keys,
+           .value_cache = values,
+           .query = query.mutable_data_ptr()},
           query};
 }
 
@@ -334,26 +381,26 @@ Call<Attention> attention(const Backend& backend, const Tensor& query, const Ten
     span_data = static_cast<const int32_t*>(spans->const_data_ptr());
   }
   Tensor out = check.empty("query", {tokens, query_heads, head_size}, check.scalar());
-  return {{check.dtype(),
-           tokens,
-           sequences,
-           query_heads,
-           query.const_data_ptr(),
-           query.stride(0),
-           query.stride(1),
-           keys,
-           values,
-           static_cast<const int32_t*>(block_tables.const_data_ptr()),
-           block_tables.stride(0),
-           static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr()),
-           static_cast<const int32_t*>(seqlens_k.const_data_ptr()),
-           max_seqlen_q,
-           max_seqlen_k,
-           factor,
-           window_size,
-           span_data,
-           spans ? spans->stride(0) : 0,
-           out.mutable_data_ptr()},
+  return {{.dtype = check.dtype(),
+           .tokens = tokens,
+           .sequences = sequences,
+           .query_heads = query_heads,
+           .query = query.const_data_ptr(),
+           .query_token_stride = query.stride(0),
+           .query_head_stride = query.stride(1),
+           .key_cache = keys,
+           .value_cache = values,
+           .block_tables = static_cast<const int32_t*>(block_tables.const_data_ptr()),
+           .block_table_stride = block_tables.stride(0),
+           .cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr()),
+           .seqlens_k = static_cast<const int32_t*>(seqlens_k.const_data_ptr()),
+           .max_seqlen_q = max_seqlen_q,
+           .max_seqlen_k = max_seqlen_k,
+           .softmax_scale = factor,
+           .window_size = window_size,
+           .spans = span_data,
+           .span_stride = spans ? spans->stride(0) : 0,
+           .out = out.mutable_data_ptr()},
           out};
 }
 
@@ -387,25 +434,25 @@ ProjectKv project_kv(const Backend& backend, const Tensor& hidden, const Tensor&
                true);
   check.require(cos.size(0) > 0, "cos' number of ropes", cos.size(0), "1 or more");
   check.tensor("rope_index", rope_index, ScalarType::Int, {layers}, "[R]", true);
-  check.tensor("slot_mapping", slot_mapping, ScalarType::Long, {tokens}, "[T]", true);
-  return {check.dtype(),
-          tokens,
-          in,
-          layers,
-          hidden.const_data_ptr(),
-          hidden.stride(0),
-          weight.const_data_ptr(),
-          bias_data,
-          k_gain,
-          check.eps(eps),
-          static_cast<const float*>(cos.const_data_ptr()),
-          static_cast<const float*>(sin.const_data_ptr()),
-          static_cast<const int32_t*>(rope_index.const_data_ptr()),
-          static_cast<const int64_t*>(slot_mapping.const_data_ptr()),
-          keys,
-          values,
-          key_caches.stride(0),
-          value_caches.stride(0)};
+  const SlotMapping slots = check.slots("slot_mapping", slot_mapping, tokens);
+  return {.dtype = check.dtype(),
+          .tokens = tokens,
+          .in = in,
+          .layers = layers,
+          .hidden = hidden.const_data_ptr(),
+          .hidden_stride = hidden.stride(0),
+          .weight = weight.const_data_ptr(),
+          .bias = bias_data,
+          .k_norm = k_gain,
+          .eps = check.eps(eps),
+          .cos = static_cast<const float*>(cos.const_data_ptr()),
+          .sin = static_cast<const float*>(sin.const_data_ptr()),
+          .rope_index = static_cast<const int32_t*>(rope_index.const_data_ptr()),
+          .slot_mapping = slots,
+          .key_caches = keys,
+          .value_caches = values,
+          .key_layer_stride = key_caches.stride(0),
+          .value_layer_stride = value_caches.stride(0)};
 }
 
 }  // namespace pop::arguments

@@ -3,14 +3,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <sstream>
+#include <cstring>
 
 #include "torch/arguments.h"
+#include "torch/indices.h"
 
 namespace pop {
 namespace {
 
-using arguments::fail;
 using arguments::kCpu;
 using arguments::OptionalTensor;
 using torch::headeronly::ScalarType;
@@ -22,41 +22,6 @@ Threads torch_threads() {
               for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i), context);
             });
           }};
-}
-
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream out;
-  (out << ... << parts);
-  fail(out.str());
-}
-
-// What lies in the index tensors can be looked at here, without waiting for a device.
-
-void check_slots(const char* operation, const int64_t* slot_mapping, int64_t tokens, const PagedCache& cache) {
-  for (int64_t t = 0; t < tokens; ++t)
-    require(slot_mapping[t] >= -1 && slot_mapping[t] < cache.blocks * cache.block_size, "pop::", operation,
-            ": slot_mapping[", t, "] is ", slot_mapping[t],
-            ", expected -1 (no write) or a slot below blocks * block_size = ", cache.blocks * cache.block_size);
-}
-
-void check_sequences(const Attention& a) {
-  require(a.cu_seqlens_q[0] == 0, "pop::attention: cu_seqlens_q[0] is ", a.cu_seqlens_q[0], ", expected 0");
-  require(a.cu_seqlens_q[a.sequences] == a.tokens, "pop::attention: cu_seqlens_q[", a.sequences, "] is ",
-          a.cu_seqlens_q[a.sequences], ", expected query's number of tokens ", a.tokens);
-  for (int64_t s = 0; s < a.sequences; ++s) {
-    const int64_t queries = int64_t{a.cu_seqlens_q[s + 1]} - a.cu_seqlens_q[s], context = a.seqlens_k[s];
-    require(queries >= 0 && queries <= a.max_seqlen_q, "pop::attention: cu_seqlens_q give sequence ", s, " ", queries,
-            " queries, expected 0 to max_seqlen_q = ", a.max_seqlen_q);
-    require(context >= queries && context <= a.max_seqlen_k, "pop::attention: seqlens_k[", s, "] is ", context,
-            ", expected at least its ", queries, " queries and at most max_seqlen_k = ", a.max_seqlen_k);
-    for (int64_t b = 0; b * a.key_cache.block_size < context; ++b) {
-      const int32_t block = a.block_tables[s * a.block_table_stride + b];
-      require(block >= 0 && block < a.key_cache.blocks, "pop::attention: block_tables[", s, ", ", b, "] is ", block,
-              ", expected a block of key_cache, 0 to ", a.key_cache.blocks - 1);
-    }
-  }
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual) {
@@ -83,7 +48,7 @@ Tensor qkv_project(const Tensor& x, const Tensor& weight, const OptionalTensor& 
                    const Tensor& slot_mapping, const Tensor& key_cache, const Tensor& value_cache) {
   auto [p, query] = arguments::qkv_project(kCpu, x, weight, bias, q_norm, k_norm, eps, cos, sin, slot_mapping,
                                            key_cache, value_cache);
-  check_slots("qkv_project", p.slot_mapping, p.tokens, p.key_cache);
+  indices::check_slots("qkv_project", p.slot_mapping, p.tokens, p.key_cache);
   cpu::qkv_project(p, torch_threads());
   return query;
 }
@@ -93,8 +58,13 @@ Tensor attention(const Tensor& query, const Tensor& key_cache, const Tensor& val
                  double softmax_scale, int64_t window_size, const OptionalTensor& spans) {
   auto [p, out] = arguments::attention(kCpu, query, key_cache, value_cache, block_tables, cu_seqlens_q, seqlens_k,
                                        max_seqlen_q, max_seqlen_k, softmax_scale, window_size, spans);
-  check_sequences(p);
+  indices::check_sequences(p);
   cpu::attention(p, torch_threads());
+  const int64_t token_bytes = p.query_heads * p.key_cache.head_size * out.element_size();
+  for (int64_t s = 0; s < p.sequences; ++s)
+    if (p.seqlens_k[s] == 0)  // padding
+      std::memset(static_cast<char*>(p.out) + p.cu_seqlens_q[s] * token_bytes, 0,
+                  (p.cu_seqlens_q[s + 1] - p.cu_seqlens_q[s]) * token_bytes);
   return out;
 }
 
@@ -103,10 +73,8 @@ void project_kv(const Tensor& hidden, const Tensor& weight, const OptionalTensor
                 const Tensor& key_caches, const Tensor& value_caches) {
   const ProjectKv p = arguments::project_kv(kCpu, hidden, weight, bias, k_norm, eps, cos, sin, rope_index, slot_mapping,
                                             key_caches, value_caches);
-  check_slots("project_kv", p.slot_mapping, p.tokens, p.key_caches);
-  for (int64_t l = 0; l < p.layers; ++l)
-    require(p.rope_index[l] >= 0 && p.rope_index[l] < cos.size(0), "pop::project_kv: rope_index[", l, "] is ",
-            p.rope_index[l], ", expected 0 to cos' number of ropes less one, ", cos.size(0) - 1);
+  indices::check_slots("project_kv", p.slot_mapping, p.tokens, p.key_caches);
+  indices::check_ropes(p.rope_index, p.layers, cos.size(0));
   cpu::project_kv(p, torch_threads());
 }
 

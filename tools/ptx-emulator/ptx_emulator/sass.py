@@ -100,7 +100,7 @@ def _tool(name: str) -> str:
     packaged = pathlib.Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / name
     path = str(packaged) if packaged.exists() else shutil.which(name)
     if not path:
-        raise FileNotFoundError(f"{name} is not installed; the packages of pop-ext[sass] bring it")
+        raise FileNotFoundError(f"{name} is not installed; the packages of ptx-emulator[sass] bring it")
     return path
 
 
@@ -223,7 +223,7 @@ def _target(operands: str) -> str:
 
 
 def join(launch: dict, ptx: str, sm: int = 80) -> dict:
-    """The static facts of a launch's kernel beside its counts (`launch`: a row of `emulator.counts()`).
+    """The static facts of a launch's kernel beside its counts (`launch`: a row of `ptx_emulator.counts()`).
 
     Returns a dictionary: "facts", "occupancy", and "loops", which are pairs of a SassLoop and the launch's loop that
     most of its instructions come from, innermost (None: it comes from no loop of the PTX).

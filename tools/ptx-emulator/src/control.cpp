@@ -5,7 +5,7 @@
 #include "decode.h"
 #include "module.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 namespace {
 
 void branch(Decoder& d) {
@@ -183,4 +183,4 @@ void register_control(InstructionTable& t) {
   t["griddepcontrol"] = ignore;
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

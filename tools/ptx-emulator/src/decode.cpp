@@ -1,4 +1,4 @@
-// Statements to instructions: slots for registers and constants, control flow and its reconvergence points.
+// Statements to instructions: slots for registers and constants, addresses.
 #include "decode.h"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 #include "module.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 bool Modifiers::take(std::string_view name) {
   for (size_t i = 0; i < taken_.size(); ++i)
@@ -408,7 +408,7 @@ void Decoder::run() {
   for (auto& table : code_.tables)
     for (uint32_t& target : table) target = starts[target];
   find_reconvergence();
-  code_.looks.resize(code_.instructions.size());
+  code_.effects.resize(code_.instructions.size());
   for (size_t r = 0; r < f.registers.size(); ++r)
     code_.registers.push_back({register_slots_[r], static_cast<uint8_t>(type_width(f.registers[r]))});
 }
@@ -436,202 +436,7 @@ void Decoder::decode_statement() {
   decoder->second(*this);
   if (const std::string* extra = modifiers.untaken()) fail("unknown modifier '." + *extra + "'");
   modifiers_ = nullptr;
-  if (code_.instructions.size() > before) describe_look();
+  if (code_.instructions.size() > before) describe_effects();
 }
 
-// Immediate post-dominators over basic blocks (Cooper, Harvey and Kennedy's iteration on the reversed graph).
-void Decoder::find_reconvergence() {
-  auto& code = code_.instructions;
-  const uint32_t exit = static_cast<uint32_t>(code.size());
-  std::vector<bool> leader(exit + 1, false);
-  leader[0] = leader[exit] = true;
-  const auto ends_block = [](const Instruction& i) {
-    return i.kind == Kind::kBranch || i.kind == Kind::kBranchIndirect || i.kind == Kind::kReturn ||
-           i.kind == Kind::kExit;
-  };
-  for (uint32_t pc = 0; pc < exit; ++pc) {
-    if (!ends_block(code[pc])) continue;
-    leader[pc + 1] = true;
-    if (code[pc].kind == Kind::kBranch) leader[code[pc].target] = true;
-    if (code[pc].kind == Kind::kBranchIndirect)
-      for (const uint32_t target : code_.tables[code[pc].target]) leader[target] = true;
-  }
-  std::vector<uint32_t> block_of(exit + 1), first, last;
-  for (uint32_t pc = 0; pc <= exit; ++pc) {
-    if (leader[pc]) first.push_back(pc), last.push_back(pc);
-    block_of[pc] = static_cast<uint32_t>(first.size() - 1);
-    last.back() = pc;
-  }
-  const uint32_t count = static_cast<uint32_t>(first.size()), exit_block = count - 1;
-  std::vector<std::vector<uint32_t>> successors(count), predecessors(count);
-  const auto edge = [&](uint32_t from, uint32_t to) {
-    successors[from].push_back(to);
-    predecessors[to].push_back(from);
-  };
-  const uint32_t always = constant(kAllLanes, 0);
-  for (uint32_t block = 0; block < exit_block; ++block) {
-    const Instruction& end = code[last[block]];
-    const bool guarded = end.guard != always;
-    if (end.kind == Kind::kBranch) edge(block, block_of[end.target]);
-    if (end.kind == Kind::kBranchIndirect)
-      for (const uint32_t target : code_.tables[end.target]) edge(block, block_of[target]);
-    if (end.kind == Kind::kReturn || end.kind == Kind::kExit) edge(block, exit_block);
-    if (!ends_block(end) || guarded) edge(block, block + 1);
-  }
-  // Reverse postorder of the reversed graph, from the exit.
-  std::vector<uint32_t> order, number(count, ~0u);
-  std::vector<std::pair<uint32_t, size_t>> stack{{exit_block, 0}};
-  std::vector<bool> seen(count, false);
-  seen[exit_block] = true;
-  while (!stack.empty()) {
-    auto& [block, next] = stack.back();
-    if (next < predecessors[block].size()) {
-      const uint32_t p = predecessors[block][next++];
-      if (!seen[p]) seen[p] = true, stack.push_back({p, 0});
-    } else {
-      number[block] = static_cast<uint32_t>(order.size());
-      order.push_back(block);
-      stack.pop_back();
-    }
-  }
-  std::reverse(order.begin(), order.end());
-  std::vector<uint32_t> dominator(count, ~0u);
-  dominator[exit_block] = exit_block;
-  for (bool changed = true; changed;) {
-    changed = false;
-    for (const uint32_t block : order) {
-      if (block == exit_block) continue;
-      uint32_t best = ~0u;
-      for (const uint32_t s : successors[block]) {
-        if (dominator[s] == ~0u) continue;
-        if (best == ~0u) {
-          best = s;
-          continue;
-        }
-        uint32_t a = s, b = best;
-        while (a != b) {
-          while (number[a] < number[b]) a = dominator[a];
-          while (number[b] < number[a]) b = dominator[b];
-        }
-        best = a;
-      }
-      if (best != ~0u && dominator[block] != best) dominator[block] = best, changed = true;
-    }
-  }
-  for (uint32_t pc = 0; pc < exit; ++pc) {
-    if (!ends_block(code[pc])) continue;
-    const uint32_t block = block_of[pc];
-    code[pc].reconverge = dominator[block] == ~0u ? exit : first[dominator[block]];
-  }
-}
-
-namespace {
-
-void visit_operands(const Operand& operand, const std::function<void(const Operand&)>& visit) {
-  visit(operand);
-  for (const Operand& element : operand.elements) visit_operands(element, visit);
-}
-
-uint32_t align_up(uint64_t value, uint64_t alignment, const char* what) {
-  if (alignment == 0) alignment = 1;
-  const uint64_t result = (value + alignment - 1) / alignment * alignment;
-  if (result > (1u << 30)) throw PtxError(std::string(what) + " is too large");
-  return static_cast<uint32_t>(result);
-}
-
-}  // namespace
-
-std::unique_ptr<Kernel> decode_kernel(Module& module, const Function& function) {
-  auto owned = std::make_unique<Kernel>();
-  Kernel& kernel = *owned;
-  kernel.name = function.name;
-  kernel.module = &module;
-  kernel.function = &function;
-
-  // Everything the kernel can reach: with an indirect call, or a function's address in memory, that is every function.
-  std::vector<const Function*> reachable{&function};
-  std::vector<const Variable*> shared_order;
-  std::unordered_set<const void*> seen{&function};
-  bool indirect = false;
-  for (size_t i = 0; i < reachable.size(); ++i) {
-    for (const Statement& s : reachable[i]->statements) {
-      bool direct = s.opcode != "call";
-      for (const Operand& operand : s.operands)
-        visit_operands(operand, [&](const Operand& o) {
-          if (o.kind == Operand::Kind::kFunction || (o.kind == Operand::Kind::kName && s.opcode == "call")) {
-            const Function* callee = module.ptx.find(o.name);
-            if (callee) direct = true;
-            if (callee && !callee->declared_only && seen.insert(callee).second) reachable.push_back(callee);
-          }
-          if (o.kind == Operand::Kind::kVariable && o.variable->space == Space::kShared &&
-              seen.insert(o.variable).second)
-            shared_order.push_back(o.variable);
-        });
-      if (!direct) indirect = true;
-    }
-    if (indirect && i + 1 == reachable.size())
-      for (const auto& other : module.ptx.functions)
-        if (!other->declared_only && !other->entry && seen.insert(other.get()).second) reachable.push_back(other.get());
-  }
-
-  std::unordered_map<const Variable*, uint32_t> shared;
-  for (const Variable* variable : shared_order) {
-    if (variable->external || variable->bytes == 0) continue;
-    const uint32_t offset = align_up(kernel.static_shared, variable->alignment, "shared memory");
-    shared[variable] = offset;
-    kernel.static_shared = align_up(offset + variable->bytes, 1, "shared memory");
-  }
-  // Dynamic shared memory begins where the static ends, on the strictest alignment asked for.
-  uint32_t dynamic_alignment = 1;
-  for (const Variable* variable : shared_order)
-    if (!shared.contains(variable)) dynamic_alignment = std::max({dynamic_alignment, variable->alignment, 16u});
-  kernel.static_shared = align_up(kernel.static_shared, dynamic_alignment, "shared memory");
-  for (const Variable* variable : shared_order) shared.try_emplace(variable, kernel.static_shared);
-
-  for (const Variable* parameter : function.parameters) {
-    const uint32_t offset = align_up(kernel.parameter_bytes, parameter->alignment, "parameter space");
-    kernel.parameters.push_back({offset, static_cast<uint32_t>(parameter->bytes), parameter->alignment, parameter->type,
-                                 parameter->bytes != static_cast<uint64_t>(type_bytes(parameter->type))});
-    kernel.parameter_bytes = align_up(offset + parameter->bytes, 1, "parameter space");
-  }
-  if (kernel.parameter_bytes > 32764)
-    throw PtxError("line " + std::to_string(function.line) + ": parameters take more than 32764 bytes");
-
-  for (const Function* f : reachable) {
-    auto code = std::make_unique<Code>();
-    code->function = f;
-    code->entry = f->entry;
-    for (const auto& variable : f->variables) {
-      if (variable->space != Space::kLocal && variable->space != Space::kParam) continue;
-      if (f->entry && std::find(f->parameters.begin(), f->parameters.end(), variable.get()) != f->parameters.end())
-        continue;
-      const uint32_t offset = align_up(code->local_bytes, std::max(variable->alignment, 8u), "local memory");
-      code->local_offsets[variable.get()] = offset;
-      code->local_bytes = align_up(offset + variable->bytes, 16, "local memory");
-    }
-    kernel.codes[f] = std::move(code);
-  }
-  uint32_t most_registers = 0;
-  for (const Function* f : reachable) {
-    Decoder(module, kernel, *kernel.codes[f], shared).run();
-    Code& code = *kernel.codes[f];
-    code.first_id = kernel.instructions;
-    for (Look& look : code.looks) look.id = kernel.instructions++;
-    kernel.ordered_codes.push_back(&code);
-    most_registers = std::max(most_registers, static_cast<uint32_t>(f->registers.size()));
-    kernel.local_bytes += kernel.codes[f]->local_bytes;
-    kernel.recursive |= reachable.size() > 1;
-  }
-  kernel.entry = kernel.codes[&function].get();
-  // What ptxas would allocate is unknown: PTX registers are values, not registers.
-  kernel.registers = static_cast<int>(std::clamp(most_registers / 8, 16u, 128u));
-  const uint64_t bound =
-      function.max_threads[0] ? uint64_t{function.max_threads[0]} * function.max_threads[1] * function.max_threads[2]
-      : function.required_threads[0]
-          ? uint64_t{function.required_threads[0]} * function.required_threads[1] * function.required_threads[2]
-          : 1024;
-  kernel.max_threads = static_cast<int>(std::min<uint64_t>(bound, 1024));
-  return owned;
-}
-
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -12,7 +12,7 @@
 #include "machine.h"
 #include "ptx.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 // The modifiers of one statement: each must be taken by the instruction's decoder, or the statement is an error.
 class Modifiers {
@@ -89,7 +89,7 @@ class Decoder {
  private:
   void decode_statement();
   Address find_address(const Operand& operand, Space space);
-  void describe_look();  // look.cpp
+  void describe_effects();  // effects.cpp
   void find_reconvergence();
 
   Module& module_;
@@ -118,4 +118,4 @@ const InstructionTable& instruction_table();
 
 std::unique_ptr<Kernel> decode_kernel(Module& module, const Function& function);
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

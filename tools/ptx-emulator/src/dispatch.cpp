@@ -5,30 +5,30 @@
 
 #include "decode.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
-#define POP_DECLARE(isa)         \
+#define PTX_DECLARE(isa)         \
   namespace isa {                \
   InstructionTable make_table(); \
   }
-POP_DECLARE(avx512)
-POP_DECLARE(avx2)
-POP_DECLARE(portable)
+PTX_DECLARE(avx512)
+PTX_DECLARE(avx2)
+PTX_DECLARE(portable)
 
 const InstructionTable& instruction_table() {
   static const InstructionTable table = [] {
-    const char* wanted = std::getenv("POP_EMULATOR_ISA");
+    const char* wanted = std::getenv("PTX_EMULATOR_ISA");
     const auto is = [&](const char* name) { return !wanted || std::strcmp(wanted, name) == 0; };
-#ifdef POP_HAS_avx512
+#ifdef PTX_HAS_avx512
     if (is("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
       return avx512::make_table();
 #endif
-#ifdef POP_HAS_avx2
+#ifdef PTX_HAS_avx2
     if (is("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
       return avx2::make_table();
 #endif
-#ifdef POP_HAS_portable
+#ifdef PTX_HAS_portable
     (void)is;
     return portable::make_table();
 #else
@@ -38,4 +38,4 @@ const InstructionTable& instruction_table() {
   return table;
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

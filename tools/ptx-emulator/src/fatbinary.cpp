@@ -5,7 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 namespace {
 
@@ -120,4 +120,4 @@ std::optional<std::string> extract_ptx(const void* fatbinary, size_t size, int s
   return text;
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -6,7 +6,7 @@
 #include <optional>
 #include <string>
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 // The PTX for the newest target that is not above `sm` (a target such as sm_90a only where it is the device's own).
 // Returns nothing where there is none; throws std::runtime_error for data that is no fatbinary or cannot be unpacked.
@@ -18,4 +18,4 @@ bool is_fatbinary(const void* data);
 std::string decompress_lz4(const uint8_t* data, size_t size, size_t expected);
 std::string decompress_zstd(const uint8_t* data, size_t size, size_t expected);
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 namespace {
 constexpr size_t kMost = 1000;
@@ -63,7 +63,7 @@ void Findings::add(Finding f) {
       return;
     }
   if (findings_.size() >= kMost) return;
-  if (!std::getenv("POP_EMULATOR_QUIET")) std::fprintf(stderr, "pop emulator: %s", finding_text(f).c_str());
+  if (!std::getenv("PTX_EMULATOR_QUIET")) std::fprintf(stderr, "PTX emulator: %s", finding_text(f).c_str());
   findings_.push_back(std::move(f));
 }
 
@@ -98,4 +98,4 @@ std::string Findings::json() const {
   return out + "]";
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -1,4 +1,4 @@
-// What looking found: structured records, kept until they are asked for, and printed once.
+// What the checks found: structured records, kept until they are asked for, and printed once.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 // A place in a running kernel. line 0: none.
 struct Spot {
@@ -44,4 +44,4 @@ class Findings {
 
 std::string quoted(const std::string& text);  // as JSON
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

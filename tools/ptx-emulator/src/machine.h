@@ -14,10 +14,10 @@
 #include <unordered_map>
 #include <vector>
 
-#include "look.h"
+#include "effects.h"
 #include "ptx.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 inline constexpr int kLanes = 32;
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
@@ -29,7 +29,7 @@ inline constexpr uint64_t kLocalWindow = 0x0a00'0000'0000'0000;
 inline constexpr uint64_t kWindowMask = 0xff00'0000'0000'0000;
 
 struct Warp;
-struct WarpLook;
+struct WarpShadow;
 struct Block;
 struct Instruction;
 struct Code;
@@ -134,9 +134,9 @@ struct Code {
   uint32_t frame_bytes = 0;
   uint32_t local_bytes = 0;
   bool entry = false;
-  std::vector<Look> looks;          // of each instruction; what a statement does is said at its last
-  std::vector<LaneSlot> registers;  // of the function
-  uint32_t first_id = 0;            // of its instructions in the kernel
+  std::vector<InstructionEffects> effects;  // of each instruction; what a statement does is said at its last
+  std::vector<LaneSlot> registers;          // of the function
+  uint32_t first_id = 0;                    // of its instructions in the kernel
 };
 
 struct Parameter {
@@ -172,7 +172,7 @@ struct Frame {
   uint32_t return_pc = 0;
   uint32_t local_base = 0;
   uint32_t lanes = 0;          // still inside
-  uint32_t* shadow = nullptr;  // which values were never written (checks.cpp)
+  uint32_t* shadow = nullptr;  // which values were never written (checks/initialization.cpp)
 };
 
 // Where lanes that diverged meet again. Lanes that wait here may be let go early, if the others spin: they then go on
@@ -185,7 +185,7 @@ struct Join {
 };
 
 // Lanes that run together.
-struct Fragment {
+struct ConvergenceGroup {
   uint32_t pc = 0;
   uint32_t mask = 0;
   Frame* frame = nullptr;
@@ -211,8 +211,8 @@ struct Warp {
   uint64_t issued = 0;  // warp instructions so far: also its clock
   Block* block = nullptr;
   const Instruction* current = nullptr;
-  Frame* frame = nullptr;    // current
-  WarpLook* look = nullptr;  // where launches are looked at (checks.h)
+  Frame* frame = nullptr;        // current
+  WarpShadow* shadow = nullptr;  // of a checked launch (checks/shadow.h)
 
   // What the scheduler uses.
   uint64_t writes = 0;   // stores, and atomics that changed something
@@ -221,12 +221,12 @@ struct Warp {
   uint32_t present = 0;  // lanes that exist at all
   bool spinning = false;
   uint32_t spins = 0, stalls = 0;
-  uint64_t slice = 0;       // instructions left of its turn, in launches that are looked at
+  uint64_t slice = 0;       // instructions left of its turn, in checked launches
   uint64_t turns_spun = 0;  // in a row
   Frame* entry = nullptr;
-  std::deque<Fragment> ready;
-  std::vector<Fragment> parked;  // wait for other lanes of this warp
-  std::vector<Join*> joins;      // in use
+  std::deque<ConvergenceGroup> ready;
+  std::vector<ConvergenceGroup> parked;  // wait for other lanes of this warp
+  std::vector<Join*> joins;              // in use
   std::vector<std::unique_ptr<Join>> join_storage;
   std::vector<Join*> free_joins;
   std::vector<std::unique_ptr<Frame>> frames;
@@ -268,7 +268,7 @@ struct LaunchResult {
   int code = 0;
   std::string message;
   uint64_t warp_instructions = 0;
-  std::pair<uint32_t, uint32_t> warps{0, 0};  // by which looking knows it
+  std::pair<uint32_t, uint32_t> warps{0, 0};  // by which the checks know it
 };
 
 struct DeviceLimits {
@@ -280,7 +280,7 @@ struct DeviceLimits {
   int threads_per_sm = 2048;
   int blocks_per_sm = 32;
   int registers_per_sm = 65536;
-  const char* name = "POP software device (sm_80 model)";
+  const char* name = "PTX emulator (sm_80 model)";
 };
 const DeviceLimits& device_limits();
 
@@ -296,4 +296,4 @@ std::string source_file(const Kernel& kernel, int index);
 // Where a statement stands, for messages.
 std::string describe(const Code& code, const Instruction& instruction);
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <new>
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 namespace {
 constexpr size_t kAlignment = 512;
@@ -46,7 +46,7 @@ Memory& Memory::instance() {
 
 size_t Memory::capacity() const {
   static const size_t bytes = [] {
-    const char* text = std::getenv("POP_EMULATOR_MEMORY_GB");
+    const char* text = std::getenv("PTX_EMULATOR_MEMORY_GB");
     return static_cast<size_t>(text ? std::atof(text) * 1e9 : 40e9);
   }();
   return bytes;
@@ -278,4 +278,4 @@ std::vector<std::shared_ptr<Region>> Memory::regions() const {
   return all;
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

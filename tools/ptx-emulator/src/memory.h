@@ -1,4 +1,4 @@
-// The device's memory: host memory, known by allocation. Beside each allocation, where looking asks for it, lie its
+// The device's memory: host memory, known by allocation. Beside each allocation, where the checks ask for it, lie its
 // shadows: which bytes were never written, and who touched what last.
 #pragma once
 
@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 struct Allocation {
   enum class Kind : uint8_t { kDevice, kManaged, kPinned, kRegistered, kVariable, kHeap };
@@ -51,7 +51,7 @@ struct Region {
   std::string name;
   uint64_t id = 0;
   Pages unwritten;  // a byte of ones for each byte that was never written; none: all are written
-  Pages cells;      // races: a Cell (checks.h) for each aligned word
+  Pages cells;      // races: a Cell (checks/shadow.h) for each aligned word
   Pages footprint;  // counts: for each byte, bit 0: read, bit 1: written in the current launch
   uint64_t footprint_launch = 0;
 
@@ -119,4 +119,4 @@ class Memory {
   std::atomic<bool> tracking_{false};
 };
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

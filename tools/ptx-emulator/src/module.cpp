@@ -5,38 +5,8 @@
 
 #include "decode.h"
 #include "memory.h"
-#include "schedule.h"
 
-namespace pop::emulator {
-
-namespace {
-
-std::atomic<uint32_t> g_stack_limit{1024};
-
-DeviceLimits choose_limits() {
-  DeviceLimits d;
-  const char* text = std::getenv("POP_EMULATOR_SM");
-  const int sm = text ? std::atoi(text) : 80;
-  if (sm == 86) {
-    d.sm_count = 84, d.capability_minor = 6, d.shared_per_block_optin = 99 * 1024, d.shared_per_sm = 100 * 1024,
-    d.threads_per_sm = 1536, d.blocks_per_sm = 16;
-    d.name = "POP software device (sm_86 model)";
-  } else if (sm == 90) {
-    d.sm_count = 132, d.capability_major = 9, d.shared_per_block_optin = 227 * 1024, d.shared_per_sm = 228 * 1024;
-    d.name = "POP software device (sm_90 model)";
-  }
-  return d;
-}
-
-}  // namespace
-
-const DeviceLimits& device_limits() {
-  static const DeviceLimits limits = choose_limits();
-  return limits;
-}
-
-uint32_t stack_limit() { return g_stack_limit; }
-void set_stack_limit(uint32_t bytes) { g_stack_limit = bytes; }
+namespace ptx_emulator {
 
 std::string source_file(const Kernel& kernel, int index) {
   const auto& files = kernel.module->ptx.files;
@@ -106,4 +76,4 @@ std::unique_ptr<Module> load_module(std::string_view text) {
   return module;
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

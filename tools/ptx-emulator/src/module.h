@@ -8,7 +8,7 @@
 
 #include "machine.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 struct Module {
   const std::shared_ptr<const bool> alive = std::make_shared<const bool>(true);  // gone with the module
@@ -28,4 +28,4 @@ struct Module {
 // Throws PtxError for text that is no PTX, or no PTX for this device.
 std::unique_ptr<Module> load_module(std::string_view text);
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

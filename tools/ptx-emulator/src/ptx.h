@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 // An error in PTX text: what() has the line number and the offending text.
 struct PtxError : std::runtime_error {
@@ -149,4 +149,4 @@ struct PtxModule {
 
 PtxModule parse_ptx(std::string_view text);
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 namespace {
 constexpr size_t kMostWorks = 1000;  // remembered
@@ -73,4 +73,4 @@ std::vector<std::shared_ptr<const Work>> StreamOrder::concurrent() {
   return result;
 }
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

@@ -12,7 +12,7 @@
 
 #include "machine.h"
 
-namespace pop::emulator {
+namespace ptx_emulator {
 
 // What is known to have been done: for each stream, by number, how much of its work.
 using StreamClock = std::map<uint64_t, uint64_t>;
@@ -24,7 +24,7 @@ struct Extent {
   bool write;
 };
 
-// A launch (its warps, by which looking knows them), or a copy or fill (its extents).
+// A launch (its warps, by which the checks know them), or a copy or fill (its extents).
 struct Work {
   std::string name;
   std::pair<uint32_t, uint32_t> warps{0, 0};
@@ -58,4 +58,4 @@ class StreamOrder {
   uint64_t current_ = 0;
 };
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

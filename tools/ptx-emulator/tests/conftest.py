@@ -4,15 +4,18 @@ import subprocess
 
 import pytest
 
-os.environ.setdefault("POP_EMULATOR_DEADLOCK_SECONDS", "1")
+import ptx_emulator
+
+pytest.register_assert_rewrite("checked_kernels", "instruction_values")
+
+os.environ.setdefault("PTX_EMULATOR_DEADLOCK_SECONDS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def device():
-    import ptx_emulator as emulator
 
     try:
-        return emulator.library_path()
+        return ptx_emulator.library_path()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -29,8 +32,8 @@ def nvcc():
 
 @pytest.fixture(scope="session")
 def run_cuda(nvcc, tmp_path_factory):
-    """Compiles a CUDA program with nvcc and runs it on the software device."""
-    import ptx_emulator as emulator
+    """Compiles a CUDA program with nvcc and runs it on the PTX emulator."""
+    import ptx_emulator
 
     folder = tmp_path_factory.mktemp("cuda")
 
@@ -44,7 +47,7 @@ def run_cuda(nvcc, tmp_path_factory):
         return execute(folder / name, *arguments, environment=environment, check=check)
 
     def execute(program, *arguments, environment=None, check=True):
-        env = dict(os.environ, LD_LIBRARY_PATH=str(emulator.library_path()), **(environment or {}))
+        env = dict(os.environ, LD_LIBRARY_PATH=str(ptx_emulator.library_path()), **(environment or {}))
         done = subprocess.run([str(program), *arguments], env=env, capture_output=True, text=True, timeout=120)
         if check and done.returncode:
             raise AssertionError(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -52,3 +55,14 @@ def run_cuda(nvcc, tmp_path_factory):
 
     run.execute = execute
     return run
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Launches with every check."""
+    monkeypatch.setenv("PTX_EMULATOR_QUIET", "1")
+    ptx_emulator.checks("all")
+    yield
+    ptx_emulator.checks()
+    ptx_emulator.schedule()
+    ptx_emulator.clear()

@@ -113,7 +113,7 @@ int main(int argc, char** argv) {
     worst = std::max(worst, std::abs(sum - double(float(d[at]))) / (std::abs(sum) + size / 256));
   }
   printf("%dx%dx%d error %.2e seconds %.4f", m, n, k, worst, best);
-  if (void* totals = dlsym(RTLD_DEFAULT, "pop_emulator_totals")) {
+  if (void* totals = dlsym(RTLD_DEFAULT, "ptx_emulator_totals")) {
     unsigned long launches, instructions;
     double seconds;
     reinterpret_cast<void (*)(unsigned long*, unsigned long*, double*)>(totals)(&launches, &instructions, &seconds);

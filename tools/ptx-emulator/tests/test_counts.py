@@ -1,9 +1,10 @@
 # ruff: noqa: E501
 """Counts against pencil and paper: one instruction of a warp in each access pattern."""
 
-import ptx_emulator as emulator
 import pytest
 import torch
+
+import ptx_emulator
 
 HEADER = ".version 8.5\n.target sm_80\n.address_size 64\n"
 
@@ -17,14 +18,14 @@ def count(body: str, grid=1, block=32) -> dict:
     )
     memory = torch.zeros(4096 + 8)
     base = memory[(-memory.data_ptr() // 4) % 8 :]  # on a 32-byte sector
-    emulator.clear()
-    emulator.count()
+    ptx_emulator.clear()
+    ptx_emulator.count()
     try:
-        with emulator.registered(memory):
-            emulator.load(text)["k"](grid, block, 0, base)
+        with ptx_emulator.registered(memory):
+            ptx_emulator.load(text)["k"](grid, block, 0, base)
     finally:
-        emulator.count(False)
-    (launch,) = emulator.counts()
+        ptx_emulator.count(False)
+    (launch,) = ptx_emulator.counts()
     return launch
 
 
@@ -141,7 +142,7 @@ def test_tensor_operations_main_loop_and_annotation():
     assert launch["operations"] == 10 * 2 * 16 * 8 * 16
     (loop,) = launch["loops"]
     assert loop["main"] and loop["operations"] == launch["operations"] and loop["classes"]["tensor"]["issued"] == 10
-    text = emulator.report(annotate=True)
+    text = ptx_emulator.report(annotate=True)
     assert "main loop" in text and any(line.split()[0] == "10" and "mma.sync" in line for line in text.splitlines())
 
 
@@ -156,9 +157,9 @@ def test_counts_do_not_depend_on_the_schedule():
         *(("random", seed) for seed in range(5)),
         *(("adversarial", seed) for seed in range(5)),
     ]:
-        emulator.schedule(*schedule)
+        ptx_emulator.schedule(*schedule)
         launch = count(body, grid=5, block=96)
         results.append({key: value for key, value in launch.items() if key not in ("launch", "allocations")})
         results[-1]["allocations"] = [{k: v for k, v in a.items() if k != "name"} for a in launch["allocations"]]
-    emulator.schedule()
+    ptx_emulator.schedule()
     assert all(result == results[0] for result in results)

@@ -1,6 +1,6 @@
 """Kernels that this project did not write compute right: CUTLASS's device GEMMs against float64.
 
-One is built and run by default; POP_EMULATOR_ALL_CUTLASS=1 builds the others, too (about half a minute each).
+One is built and run by default; PTX_EMULATOR_ALL_CUTLASS=1 builds the others, too (about half a minute each).
 """
 
 import importlib.util
@@ -63,8 +63,8 @@ def build(nvcc, tmp_path):
 
 
 def only_on_request(name: str) -> None:
-    if name != "bf16_128x128x32_4" and not os.environ.get("POP_EMULATOR_ALL_CUTLASS"):
-        pytest.skip("POP_EMULATOR_ALL_CUTLASS=1 builds this one")
+    if name != "bf16_128x128x32_4" and not os.environ.get("PTX_EMULATOR_ALL_CUTLASS"):
+        pytest.skip("PTX_EMULATOR_ALL_CUTLASS=1 builds this one")
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -77,13 +77,13 @@ def test_gemm(name, build, run_cuda, tmp_path):
     for problem in problems:
         print(name, run_cuda.execute(program, *map(str, problem)).stdout.strip())
     if name == "stream_k":
-        found = look(run_cuda, program, problems[-1], tmp_path, "roundrobin", 0)["findings"]
+        found = run_checked(run_cuda, program, problems[-1], tmp_path, "roundrobin", 0)["findings"]
         assert {f["rule"] for f in found} == {"race"} and all("ld.global" in f["text"] for f in found)
         program = build(source, fence=True)
     for schedule, seed in SCHEDULES:
-        assert look(run_cuda, program, problems[-1], tmp_path, schedule, seed)["findings"] == []
+        assert run_checked(run_cuda, program, problems[-1], tmp_path, schedule, seed)["findings"] == []
     if name == "bf16_128x128x32_4":
-        check_totals(look(run_cuda, program, (512, 512, 512), tmp_path, "roundrobin", 0)["launches"][0])
+        check_totals(run_checked(run_cuda, program, (512, 512, 512), tmp_path, "roundrobin", 0)["launches"][0])
         check_static(program)
 
 
@@ -92,17 +92,17 @@ def test_collective(build, run_cuda, tmp_path):
     program = build(COLLECTIVE)
     print("collective", run_cuda.execute(program).stdout.strip())
     for schedule, seed in SCHEDULES:
-        assert look(run_cuda, program, (), tmp_path, schedule, seed)["findings"] == []
+        assert run_checked(run_cuda, program, (), tmp_path, schedule, seed)["findings"] == []
 
 
 SCHEDULES = [("roundrobin", 0), ("random", 1), ("random", 2), ("adversarial", 1), ("adversarial", 2)]
 
 
-def look(run_cuda, program, problem, folder, schedule, seed) -> dict:
+def run_checked(run_cuda, program, problem, folder, schedule, seed) -> dict:
     """Runs with every check and all counts."""
     report = folder / "report.json"
-    environment = {"POP_EMULATOR_CHECK": "all", "POP_EMULATOR_COUNT": "1", "POP_EMULATOR_REPORT": str(report)}
-    environment |= {"POP_EMULATOR_SCHEDULE": schedule, "POP_EMULATOR_SEED": str(seed)}
+    environment = {"PTX_EMULATOR_CHECK": "all", "PTX_EMULATOR_COUNT": "1", "PTX_EMULATOR_REPORT": str(report)}
+    environment |= {"PTX_EMULATOR_SCHEDULE": schedule, "PTX_EMULATOR_SEED": str(seed)}
     run_cuda.execute(program, *map(str, problem), environment=environment)
     return json.loads(report.read_text())
 

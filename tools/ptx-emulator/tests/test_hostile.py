@@ -5,9 +5,10 @@ import ctypes
 import pathlib
 import random
 
-import ptx_emulator as emulator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import ptx_emulator
 
 HERE = pathlib.Path(__file__).parent
 VALID = """.version 8.0
@@ -32,13 +33,13 @@ VALID = """.version 8.0
 
 def attempt(data: bytes) -> None:
     try:
-        emulator.load(data)
-    except emulator.EmulatorError as error:
+        ptx_emulator.load(data)
+    except ptx_emulator.EmulatorError as error:
         assert str(error)
 
 
 def test_the_seed_is_valid():
-    assert emulator.load(VALID).keys() == ["k"]
+    assert ptx_emulator.load(VALID).keys() == ["k"]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -106,16 +107,16 @@ def test_damaged_fatbinaries_and_foreign_pointers(run_cuda, nvcc, tmp_path):
         (tmp_path / "k.cu").write_text("__global__ void k(int* p) { *p = 1; }")
         nvcc("-arch=sm_80", "-fatbin", f"--compress-mode={mode}", "-o", tmp_path / "k.fatbin", tmp_path / "k.cu")
         if mode == "none":
-            done = run_cuda(HERE / "hostile.cu", str(tmp_path / "k.fatbin"), environment={"POP_EMULATOR_QUIET": "1"})
+            done = run_cuda(HERE / "hostile.cu", str(tmp_path / "k.fatbin"), environment={"PTX_EMULATOR_QUIET": "1"})
             program = done.args[0]
         else:
-            done = run_cuda.execute(program, str(tmp_path / "k.fatbin"), environment={"POP_EMULATOR_QUIET": "1"})
+            done = run_cuda.execute(program, str(tmp_path / "k.fatbin"), environment={"PTX_EMULATOR_QUIET": "1"})
         assert done.stdout == "alive 1\n"
 
 
 def test_lz4_roundtrip_of_hostile_blocks():
     # The decompressor is reached through fatbinaries: a header around random payloads.
-    library = ctypes.CDLL(str(emulator.library_path() / "libcudart.so.13"))
+    library = ctypes.CDLL(str(ptx_emulator.library_path() / "libcudart.so.13"))
     generator = random.Random(3)
     for _ in range(300):
         payload = bytes(generator.randrange(256) for _ in range(generator.randrange(1, 200)))

@@ -1,12 +1,13 @@
 # ruff: noqa: E501
-"""Programs compiled by nvcc run unmodified on the software device: memory, streams, errors, attributes, capture, printf, assert."""
+"""Programs compiled by nvcc run unmodified on the PTX emulator: memory, streams, errors, attributes, capture, printf, assert."""
 
 import ctypes
 import pathlib
 
-import ptx_emulator as emulator
 import pytest
 import torch
+
+import ptx_emulator
 
 HERE = pathlib.Path(__file__).parent
 PRELUDE = (HERE / "check.h").read_text().replace("#pragma once", "")
@@ -41,8 +42,8 @@ def test_other_devices_on_request(run_cuda):
         PRELUDE
         + 'int main() { cudaDeviceProp p; OK(cudaGetDeviceProperties(&p, 0)); printf("%d%d %d %zu\\n", p.major, p.minor, p.multiProcessorCount, p.sharedMemPerBlockOptin); }'
     )
-    assert run_cuda(source, environment={"POP_EMULATOR_SM": "86"}).stdout == "86 84 101376\n"
-    assert run_cuda(source, environment={"POP_EMULATOR_SM": "90"}).stdout == "90 132 232448\n"
+    assert run_cuda(source, environment={"PTX_EMULATOR_SM": "86"}).stdout == "86 84 101376\n"
+    assert run_cuda(source, environment={"PTX_EMULATOR_SM": "90"}).stdout == "90 132 232448\n"
 
 
 def test_ptx_for_a_newer_device_is_refused(run_cuda):
@@ -63,7 +64,7 @@ def test_language_features_in_every_kind_of_build(run_cuda):
 
 def test_a_library_in_python_runs_on_tensors(nvcc, tmp_path):
     """What libpop_cuda.so needs: the device loaded first is the libcudart.so.13 that later libraries get."""
-    emulator.load(".version 8.0\n.target sm_80\n.address_size 64\n")
+    ptx_emulator.load(".version 8.0\n.target sm_80\n.address_size 64\n")
     (tmp_path / "double.cu").write_text(
         "__global__ void twice(float* x, int n) { for (int i = threadIdx.x; i < n; i += blockDim.x) x[i] *= 2; }\n"
         'extern "C" int run(float* x, int n) { twice<<<1, 128>>>(x, n); return cudaDeviceSynchronize(); }\n'

@@ -2,9 +2,10 @@
 
 import subprocess
 
-import ptx_emulator as emulator
 import pytest
 import torch
+
+import ptx_emulator
 from ptx_emulator import sass
 
 # Two loops: one multiplies 10 times on the tensor cores, one copies through shared memory.
@@ -53,14 +54,14 @@ def line(text: str) -> int:
 
 
 def test_a_small_kernel(tools):
-    emulator.clear()
-    emulator.count()
+    ptx_emulator.clear()
+    ptx_emulator.count()
     try:
-        emulator.load(PTX)["k"](3, 128, 0, torch.zeros(128), 10)
+        ptx_emulator.load(PTX)["k"](3, 128, 0, torch.zeros(128), 10)
     finally:
-        emulator.count(False)
-    (launch,) = emulator.counts()
-    assert emulator.module_text(launch["module"]) == PTX
+        ptx_emulator.count(False)
+    (launch,) = ptx_emulator.counts()
+    assert ptx_emulator.module_text(launch["module"]) == PTX
     joined = sass.join(launch, PTX)
     facts = joined["facts"]
     assert 8 < facts.registers < 40 and facts.static_shared == 512 == launch["static_shared"]

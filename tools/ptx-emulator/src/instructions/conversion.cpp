@@ -4,8 +4,8 @@
 
 #include "lanes.h"
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
 namespace {
 
 enum class Integral : uint8_t { kNone, kNearest, kZero, kDown, kUp };
@@ -438,5 +438,5 @@ void convert_statement(Decoder& d) {
 
 void register_conversion(InstructionTable& t) { t["cvt"] = t["cvt.f"] = convert_statement; }
 
-}  // namespace POP_ISA
-}  // namespace pop::emulator
+}  // namespace PTX_ISA
+}  // namespace ptx_emulator

@@ -4,8 +4,8 @@
 
 #include "lanes.h"
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
 namespace {
 
 // A function of floats or doubles on any lane type: 16-bit operands are widened, the result is rounded once.
@@ -326,5 +326,5 @@ void register_floating(InstructionTable& t) {
   t["testp.f"] = test_property;
 }
 
-}  // namespace POP_ISA
-}  // namespace pop::emulator
+}  // namespace PTX_ISA
+}  // namespace ptx_emulator

@@ -1,15 +1,18 @@
 // How a function of one lane becomes an instruction of a warp. Included by the semantics files, which are compiled once
-// per instruction set of the host (POP_ISA names the set; the loops below are written for the compiler to vectorise).
+// per instruction set of the host (PTX_ISA names the set; the loops below are written for the compiler to vectorise).
 #pragma once
 
 #include <tuple>
 #include <utility>
 
-#include "../decode.h"
+#include "decode.h"
 #include "numbers.h"
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
+
+template <class T>
+using Unsigned = std::make_unsigned_t<T>;
 
 template <class D>
 inline void store_lanes(D* destination, const D* values, uint32_t active) {
@@ -94,14 +97,17 @@ void with_bits(Decoder& d, Type type, F f) {
 inline int first_lane(uint32_t mask) { return std::countr_zero(mask); }
 
 void register_integer(InstructionTable& table);
+void register_bits(InstructionTable& table);
+void register_compare(InstructionTable& table);
+void register_move(InstructionTable& table);
 void register_floating(InstructionTable& table);
 void register_conversion(InstructionTable& table);
 void register_memory(InstructionTable& table);
 void register_warp(InstructionTable& table);
 void register_tensor(InstructionTable& table);
 
-}  // namespace POP_ISA
+}  // namespace PTX_ISA
 
 void register_control(InstructionTable& table);
 
-}  // namespace pop::emulator
+}  // namespace ptx_emulator

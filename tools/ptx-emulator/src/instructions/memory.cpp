@@ -1,11 +1,11 @@
 // Loads, stores, atomics and asynchronous copies (PTX ISA 9.7.9, 9.7.13). Every access finds its bytes through
-// `locate`, the one place that knows the state spaces; a checked build of the device hooks in there.
+// `locate`, the one place that knows the state spaces.
 #include <atomic>
 
 #include "lanes.h"
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
 namespace {
 
 [[noreturn]] void fault(int code, const char* what, uint64_t address, int lane) {
@@ -590,5 +590,5 @@ void register_memory(InstructionTable& t) {
   t["cp"] = copy_async;
 }
 
-}  // namespace POP_ISA
-}  // namespace pop::emulator
+}  // namespace PTX_ISA
+}  // namespace ptx_emulator

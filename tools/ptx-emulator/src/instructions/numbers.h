@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <limits>
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
 
 enum class Rounding : uint8_t { kNearestEven, kNearestAway, kZero, kDown, kUp };
 
@@ -158,5 +158,5 @@ inline double flush(double x) { return x; }
 inline Half flush(Half h) { return {static_cast<uint16_t>((h.bits & 0x7c00) == 0 ? h.bits & 0x8000 : h.bits)}; }
 inline Bfloat flush(Bfloat h) { return {static_cast<uint16_t>((h.bits & 0x7f80) == 0 ? h.bits & 0x8000 : h.bits)}; }
 
-}  // namespace POP_ISA
-}  // namespace pop::emulator
+}  // namespace PTX_ISA
+}  // namespace ptx_emulator

@@ -1,11 +1,14 @@
 // All semantics of one host instruction set in one table.
 #include "lanes.h"
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
 InstructionTable make_table() {
   InstructionTable table;
   register_integer(table);
+  register_bits(table);
+  register_compare(table);
+  register_move(table);
   register_floating(table);
   register_conversion(table);
   register_memory(table);
@@ -14,5 +17,5 @@ InstructionTable make_table() {
   register_control(table);
   return table;
 }
-}  // namespace POP_ISA
-}  // namespace pop::emulator
+}  // namespace PTX_ISA
+}  // namespace ptx_emulator

@@ -6,8 +6,8 @@
 // doubles do the same with registers of twice the size.
 #include "lanes.h"
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
 namespace {
 
 // Elements as they lie in a register: how many bits, and their value in the accumulator's type.
@@ -422,5 +422,5 @@ void register_tensor(InstructionTable& t) {
   t["movmatrix"] = move_matrix;
 }
 
-}  // namespace POP_ISA
-}  // namespace pop::emulator
+}  // namespace PTX_ISA
+}  // namespace ptx_emulator

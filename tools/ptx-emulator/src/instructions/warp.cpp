@@ -2,8 +2,8 @@
 // mask together.
 #include "lanes.h"
 
-namespace pop::emulator {
-namespace POP_ISA {
+namespace ptx_emulator {
+namespace PTX_ISA {
 namespace {
 
 // Emits a handler that runs once all lanes of the mask in `member_slot` have arrived: the mask is the first slot.
@@ -227,5 +227,5 @@ void register_warp(InstructionTable& t) {
   t["elect"] = elect;
 }
 
-}  // namespace POP_ISA
-}  // namespace pop::emulator
+}  // namespace PTX_ISA
+}  // namespace ptx_emulator

@@ -1,0 +1,381 @@
+// Who runs when in a block: groups of lanes, warps; and where they stand.
+#include "schedule/block.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace ptx_emulator {
+
+namespace {
+
+constexpr uint64_t kSlice = 20000;  // warp instructions after which a loop lets others run
+constexpr uint32_t kPollsPerSlice = 32;
+
+}  // namespace
+
+std::string place(const Block& block, const Warp& w, uint32_t lanes) {
+  char text[160];
+  const Dim3& b = block.id;
+  std::snprintf(text, sizeof(text), "kernel '%s', block (%u, %u, %u), warp %u, lanes 0x%08x",
+                block.grid->request.kernel->name.substr(0, 60).c_str(), b.x, b.y, b.z, w.index, lanes);
+  return text;
+}
+
+// Runs lanes until they wait, exit, or have had their turn.
+template <bool kChecked>
+void Block::run_group(Warp& w, ConvergenceGroup f) {
+  uint32_t pc = f.pc, mask = f.mask;
+  Frame* frame = f.frame;
+  Join* join = f.join;
+  const Instruction* code;
+  uint32_t end, stop;
+  const auto enter = [&](Frame* to) {
+    frame = to;
+    w.frame = to;
+    w.registers = to->registers;
+    code = to->code->instructions.data();
+    end = static_cast<uint32_t>(to->code->instructions.size());
+  };
+  const auto join_at = [&](Join* to) {
+    join = to;
+    stop = to && to->frame == frame ? to->pc : kNever;
+  };
+  // The rest of the mask waits behind the instruction for the active lanes.
+  const auto set_aside = [&](uint32_t active) {
+    if (active == mask) return;
+    join_at(make_join(w, frame, pc + 1, mask, mask & ~active, join));
+    mask = active;
+  };
+  enter(frame);
+  join_at(join);
+  const uint64_t began = w.issued;
+
+  for (;;) {
+    if (pc == stop) return arrive(w, join, mask);
+    if (pc >= end) {
+      if (!frame->caller) return exit_lanes(w, mask, join, frame);
+      const Call& call = *frame->call;
+      Frame* callee = frame;
+      const auto& formals = callee->code->function->returns;
+      for (uint32_t m = mask; m; m &= m - 1) {
+        uint8_t* local = w.local + size_t(std::countr_zero(m)) * w.local_stride;
+        for (size_t k = 0; k < call.results.size() && k < formals.size(); ++k) {
+          const uint32_t from = callee->code->local_offsets.at(formals[k]);
+          std::memcpy(local + callee->caller->local_base + call.results[k].to, local + callee->local_base + from,
+                      std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes));
+          if constexpr (kChecked)
+            grid->checker->copy_local(
+                w, static_cast<uint32_t>(std::countr_zero(m)), callee->caller->local_base + call.results[k].to,
+                callee->local_base + from,
+                static_cast<uint32_t>(std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes)));
+        }
+      }
+      pc = callee->return_pc;
+      callee->lanes &= ~mask;
+      enter(callee->caller);
+      if (callee->lanes == 0) drop_frame(w, callee);
+      join_at(join);
+      continue;
+    }
+    const Instruction& i = code[pc];
+    if constexpr (kChecked) {
+      if (w.slice == 0) {  // another warp's turn
+        w.ready.push_front({pc, mask, frame, join});
+        return;
+      }
+      --w.slice;
+    }
+    const uint32_t active = mask & (w.predicate(i.guard) ^ i.guard_flip);
+    ++w.issued;
+    if constexpr (kChecked) {
+      w.active = active;
+      w.current = &i;
+      if (const InstructionEffects& effects = frame->code->effects[pc]; effects.last) {
+        grid->checker->issued(w, effects, mask, active);
+        w.shadow->parted = !join && active == mask;
+        // What lanes do together is checked once they have come together.
+        if (active && i.kind != Kind::kWarpSync && !grid->checker->before(w, i, effects)) {
+          ++pc;
+          continue;
+        }
+      }
+    }
+    if (active == 0) {
+      ++pc;
+      continue;
+    }
+    if constexpr (!kChecked) w.active = active;
+    w.current = &i;
+    if (i.kind == Kind::kPlain) [[likely]] {
+      i.run(w, i);
+      ++pc;
+      continue;
+    }
+    switch (i.kind) {
+      case Kind::kBranch:
+      case Kind::kReturn: {
+        const uint32_t target = i.kind == Kind::kReturn ? end : i.target;
+        if (active == mask) {
+          const bool backward = target <= pc;
+          pc = target;
+          if (!backward) break;
+          // A loop: it may be a spin, and others must have their turn.
+          bool turn = w.issued - began > kSlice;
+          if (w.polls) {
+            w.polls = 0;
+            if (++w.spins >= kPollsPerSlice) w.spins = 0, w.spinning = turn = true;
+          }
+          if (!turn) break;
+          w.ready.push_back({pc, mask, frame, join});
+          if (w.spinning && stalled(w) && release_joins(w)) w.stalls = 0;
+          return;
+        }
+        const uint32_t rest = mask & ~active;
+        const bool leaves = i.reconverge >= end && !frame->caller;
+        if (!leaves && stop != i.reconverge) join_at(make_join(w, frame, i.reconverge, mask, 0, join));
+        mask = rest;
+        if (!leaves && target == i.reconverge)
+          join->arrived |= active;  // the rest has yet to come
+        else
+          w.ready.push_front({target, active, frame, join});
+        ++pc;
+        break;
+      }
+      case Kind::kBranchIndirect: {
+        const auto& table = frame->code->tables[i.target];
+        const uint32_t* index = w.lanes<uint32_t>(i.slots[0]);
+        set_aside(active);
+        const uint32_t chosen = index[std::countr_zero(active)];
+        if (chosen >= table.size())
+          throw KernelFault{kInvalidPc, "branch index " + std::to_string(chosen) + " is beyond its table"};
+        uint32_t same = 0;
+        for (uint32_t m = active; m; m &= m - 1)
+          same |= static_cast<uint32_t>(index[std::countr_zero(m)] == chosen) << std::countr_zero(m);
+        if (same != mask) {
+          const bool leaves = i.reconverge >= end && !frame->caller;
+          if (!leaves && stop != i.reconverge) join_at(make_join(w, frame, i.reconverge, mask, 0, join));
+          w.ready.push_front({pc, mask & ~same, frame, join});
+          mask = same;
+        }
+        pc = table[chosen];
+        break;
+      }
+      case Kind::kExit: {
+        exit_lanes(w, active, join, frame);
+        mask &= ~active;
+        if (mask == 0) return;
+        ++pc;
+        break;
+      }
+      case Kind::kCall: {
+        const Call& call = frame->code->calls[i.target];
+        set_aside(active);
+        if (call.builtin != Builtin::kNone) {
+          call_builtin(w, call, frame, mask);
+          ++pc;
+          break;
+        }
+        const Code* callee = call.callee;
+        if (!callee) {
+          const uint64_t* pointers = w.lanes<uint64_t>(call.pointer_slot);
+          const uint64_t chosen = pointers[std::countr_zero(mask)];
+          uint32_t same = 0;
+          for (uint32_t m = mask; m; m &= m - 1)
+            same |= static_cast<uint32_t>(pointers[std::countr_zero(m)] == chosen) << std::countr_zero(m);
+          const auto& codes = grid->request.kernel->codes;
+          const auto known = codes.find(reinterpret_cast<const Function*>(chosen));
+          if (known == codes.end() || known->second->entry)
+            throw KernelFault{kInvalidPc, "an indirect call to no function"};
+          callee = known->second.get();
+          if (callee->function->parameters.size() != call.arguments.size())
+            throw KernelFault{kInvalidPc, "an indirect call to a function with other parameters"};
+          if (same != mask) {
+            join_at(make_join(w, frame, pc + 1, mask, 0, join));
+            w.ready.push_front({pc, mask & ~same, frame, join});
+            mask = same;
+          }
+        }
+        Frame* next = make_frame(w, *callee);
+        next->caller = frame;
+        next->call = &call;
+        next->return_pc = pc + 1;
+        next->local_base = frame->local_base + frame->code->local_bytes;
+        next->lanes = mask;
+        if (uint64_t{next->local_base} + callee->local_bytes > w.local_stride)
+          throw KernelFault{kLaunchFailure, "stack overflow"};
+        const auto& formals = callee->function->parameters;
+        for (uint32_t m = mask; m; m &= m - 1) {
+          uint8_t* local = w.local + size_t(std::countr_zero(m)) * w.local_stride;
+          for (size_t k = 0; k < call.arguments.size(); ++k)
+            std::memcpy(local + next->local_base + callee->local_offsets.at(formals[k]),
+                        local + frame->local_base + call.arguments[k].from,
+                        std::min<uint64_t>(call.arguments[k].bytes, formals[k]->bytes));
+        }
+        fill_presets(w, *next);
+        if constexpr (kChecked) {
+          grid->checker->new_frame(w, *next, mask);
+          for (uint32_t m = mask; m; m &= m - 1)
+            for (size_t k = 0; k < call.arguments.size(); ++k)
+              grid->checker->copy_local(
+                  w, static_cast<uint32_t>(std::countr_zero(m)),
+                  next->local_base + callee->local_offsets.at(formals[k]), frame->local_base + call.arguments[k].from,
+                  static_cast<uint32_t>(std::min<uint64_t>(call.arguments[k].bytes, formals[k]->bytes)));
+        }
+        enter(next);
+        join_at(join);
+        pc = 0;
+        break;
+      }
+      case Kind::kBarrier: {
+        set_aside(active);
+        return barrier(w, i, {pc, mask, frame, join}, mask);
+      }
+      case Kind::kWarpSync: {
+        const uint32_t members = w.lanes<uint32_t>(i.slots[0])[std::countr_zero(active)] & w.live;
+        if ((members & ~active) == 0) {
+          bool runs = true;
+          if constexpr (kChecked) runs = grid->checker->before(w, i, frame->code->effects[pc]);
+          if (runs) i.run(w, i);
+          ++pc;
+          break;
+        }
+        set_aside(active);
+        w.parked.push_back({pc, mask, frame, join});
+        return release_parked(w);
+      }
+      case Kind::kSleep: {
+        w.spinning = true;
+        w.ready.push_back({pc + 1, mask, frame, join});
+        if (stalled(w) && release_joins(w)) w.stalls = 0;
+        return;
+      }
+      case Kind::kPlain:
+        break;
+    }
+  }
+}
+
+void Block::run_warp(Warp& w) {
+  running = &w;
+  w.spinning = false;
+  const uint64_t began = w.issued;
+  LaunchChecker* const checker = grid->checker.get();
+  if (!checker) {
+    while (!w.ready.empty() && !w.spinning && w.issued - began < kSlice) {
+      const ConvergenceGroup f = w.ready.front();
+      w.ready.pop_front();
+      run_group<false>(w, f);
+    }
+    return;
+  }
+  const bool random = checker->settings.schedule == Schedule::kRandom;
+  w.slice = random ? 1 + checker->random() % (checker->random() % 4 ? 16 : 256) : kSlice;
+  while (!w.ready.empty() && !w.spinning && w.slice) {
+    const size_t at = random ? checker->random() % w.ready.size() : 0;
+    const ConvergenceGroup f = w.ready[at];
+    w.ready.erase(w.ready.begin() + static_cast<long>(at));
+    run_group<true>(w, f);
+  }
+  grid->useful_turns += !w.spinning;
+}
+
+// Of a checked launch, the warp whose turn it is: any, or always the one that the seed puts first, which then
+// runs ahead of all others until it has to wait. Warps that spin let the others go first.
+Warp* Block::choose_warp() {
+  LaunchChecker& checker = *grid->checker;
+  Warp* best = nullptr;
+  uint32_t count = 0;
+  for (auto& w : warps) {
+    if (w->ready.empty()) continue;
+    if (checker.settings.schedule == Schedule::kRandom) {
+      if (checker.random() % ++count == 0) best = w.get();
+    } else {
+      const auto rank = [](const Warp& x) { return std::pair(x.turns_spun, x.shadow->priority); };
+      if (!best || rank(*w) < rank(*best)) best = w.get();
+    }
+  }
+  return best;
+}
+
+bool Block::run() {
+  uint64_t before = 0, slices = 0;
+  for (auto& w : warps) before += w->issued;
+  const auto account = [&] {
+    uint64_t after = 0;
+    for (auto& w : warps) after += w->issued;
+    grid->instructions += after - before;
+    before = after;
+  };
+  const bool in_order = !grid->checker || grid->checker->settings.schedule == Schedule::kRoundRobin;
+  for (;;) {
+    bool any = false, spinning = false;
+    if (in_order) {
+      for (auto& w : warps) {
+        if (w->ready.empty()) continue;
+        any = true;
+        run_warp(*w);
+        spinning |= w->spinning;
+      }
+    } else if (Warp* const w = choose_warp()) {
+      any = true;
+      run_warp(*w);
+      w->turns_spun = w->spinning ? w->turns_spun + 1 : 0;
+      spinning = w->spinning;
+    }
+    if (live == 0) {
+      account();
+      return true;
+    }
+    if (!any) {
+      bool released = false;
+      for (auto& w : warps) released |= release_joins(*w);
+      if (!released) throw KernelFault{kLaunchTimeout, "deadlock: no thread of the block can run" + where()};
+    }
+    if (spinning) ++fruitless;
+    if (spinning || (++slices & 7) == 0) {
+      account();
+      if (!spinning) fruitless = 0;
+      return false;
+    }
+  }
+}
+
+// The finding names a thread that waits, and where.
+void Block::report_deadlock(const std::string& message) const {
+  for (const Barrier& b : barriers)
+    for (const Waiting& entry : b.waiting) return grid->checker->deadlock(message, *entry.warp, entry.group);
+  for (const auto& w : warps)
+    for (const auto* list : {&w->parked})
+      for (const ConvergenceGroup& f : *list) return grid->checker->deadlock(message, *w, f);
+  for (const auto& w : warps)
+    for (const ConvergenceGroup& f : w->ready) return grid->checker->deadlock(message, *w, f);
+  for (const auto& w : warps)
+    for (const Join* j : w->joins)
+      if (j->arrived) return grid->checker->deadlock(message, *w, {j->pc, j->arrived, j->frame, nullptr});
+}
+
+std::string Block::where() const {
+  std::string text;
+  for (const auto& w : warps) {
+    const auto add = [&](const char* state, const ConvergenceGroup& f) {
+      if (text.size() > 3000) return;
+      const auto& code = *f.frame->code;
+      text += "\n  " + place(*this, *w, f.mask) + " " + state + " at " +
+              (f.pc < code.instructions.size() ? describe(code, code.instructions[f.pc]) : std::string("its end"));
+    };
+    for (const ConvergenceGroup& f : w->ready) add("runs", f);
+    for (const ConvergenceGroup& f : w->parked) add("waits for other lanes", f);
+    for (const Join* j : w->joins)
+      if (j->arrived) add("waits to reconverge", {j->pc, j->arrived, j->frame, nullptr});
+    for (size_t k = 0; k < barriers.size(); ++k)
+      for (const Waiting& entry : barriers[k].waiting)
+        if (entry.warp == w.get())
+          add(("waits at barrier " + std::to_string(k) + " (" + std::to_string(barriers[k].arrived) + " threads of " +
+               std::to_string(barriers[k].expected ? barriers[k].expected : live) + ")")
+                  .c_str(),
+              entry.group);
+  }
+  return text;
+}
+
+}  // namespace ptx_emulator
