@@ -17,7 +17,6 @@ import torch
 from helpers import cuda_operations
 from op_cases import UNIT, Draw
 
-
 BOUND = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 C = 0.05  # c for one multiplication
 HEAD_SIZES = [32, 64, 128, 256]

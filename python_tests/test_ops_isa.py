@@ -13,7 +13,7 @@ import reference_ops
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, normwise, real_model, transformers_model
-from test_ops import EPS, Draw, attention_inputs
+from op_cases import EPS, Draw, attention_inputs
 from test_real_models import text_ids
 
 import pop_ext
