@@ -1,4 +1,6 @@
-"""Whole models whose every operation runs CUDA kernels, on the GPU or the PTX emulator, and the CPU's, against float64."""
+"""Whole models whose every operation runs CUDA kernels, on the GPU or the PTX emulator, and the CPU's: both against
+float64.
+"""
 
 from __future__ import annotations
 

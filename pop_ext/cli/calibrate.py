@@ -102,5 +102,5 @@ def calibrate(
     table = Table("prefill depth", "layer", "error before", "after", title=f"{output}", title_justify="left")
     for depth, entry in result.provenance["depths"].items():
         for layer, before in entry["error_before"].items():
-            table.add_row(depth, layer, f"{before:.4f}", f"{entry['error_after'][layer]:.4f}")
+            table.add_row(str(depth), str(layer), f"{before:.4f}", f"{entry['error_after'][layer]:.4f}")
     Console().print(table)

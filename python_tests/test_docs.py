@@ -1,0 +1,159 @@
+"""Every command and code block of the README and docs, run as printed, and the examples.
+
+Each page's blocks run in order in a folder of its own that has what they name: MODEL, a tiny checkpoint of 30 layers
+with a tokenizer; FILE, question.txt and wikitext2_valid.txt, text; model.gguf; image samples. What is run elsewhere is
+in ELSEWHERE, with where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import transformers
+from chat_model import make_tokenizer
+from helpers import COMMON, ROOT, randomise
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What a printed line begins with -> where it is run instead.
+ELSEWHERE = {
+    "make demo": "test_demo.py, and by people",
+    "make test": "this run",
+    "make bench": "test_bench.py runs the programs that it calls",
+    "make vlm-synthetic": "test_vlm_synthetic.py",
+    "make vllm": "its own environment, in CI",
+    "make gpu": "test_gpu_rehearsal.py",
+    "pip install": "test_packaging.py and CI",
+    "python bench/": "test_bench.py and test_fidelity.py, on tiny models",
+    "vllm serve": "python_tests/vllm",
+    "pop generate MODEL --image": "test_vision.py: it needs a model with a vision tower",
+    "pop generate MODEL --video": "test_vision.py",
+    "pop calibrate MODEL --samples": "test_vision.py",
+    "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibration.py: hundreds of steps take minutes",
+}
+NO_CODE = ("@article", "{", "     ")  # a citation, a line of data, the diagram
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self):
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks() -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+            found.append(Block(page, text.count("\n", 0, match.start()) + 2, match[1], match[2]))
+    return [block for block in found if not block.text.startswith(NO_CODE)]
+
+
+@pytest.fixture(scope="module")
+def tiny_30(tmp_path_factory) -> Path:
+    """A Llama of 30 layers, as the pages' depths ask for, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("docs-model") / "tiny"
+    config = transformers.LlamaConfig(
+        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=30, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    randomise(model, seed=5)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, tiny_30):
+    """A function from a page to the folder that its blocks run in."""
+    folders = {}
+
+    def place(page: Path) -> Path:
+        if page not in folders:
+            folder = folders[page] = tmp_path_factory.mktemp(page.stem)
+            (folder / "MODEL").symlink_to(tiny_30)
+            text = "\n".join(f"Sentence {i} says that {i} and {i + 1} are {2 * i + 1}." for i in range(700))
+            for name in ("FILE", "wikitext2_valid.txt"):
+                (folder / name).write_text(text)
+            (folder / "question.txt").write_text("What is prefill?\n")
+            (folder / "chats.jsonl").write_text(
+                "".join(
+                    json.dumps({"messages": [{"role": "user", "content": f"What is {i} and {i}? " * 8},
+                                             {"role": "assistant", "content": f"It is {2 * i}. " * 8}]}) + "\n"
+                    for i in range(120)
+                )
+            )  # fmt: skip
+        return folders[page]
+
+    return place
+
+
+def run(command: list[str], folder: Path, stdin: str = "") -> subprocess.CompletedProcess:
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": "", "OMP_NUM_THREADS": "2"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("block", blocks(), ids=str)
+def test_blocks_run_as_printed(block, places):
+    folder = places(block.page)
+    if block.language == "python":
+        run([sys.executable, "-c", block.text], folder)
+        return
+    assert block.language in ("", "sh"), f"{block}: a block of {block.language!r} is run by no test"
+    for line in block.text.replace("\\\n", " ").splitlines():
+        command = line.split("  #")[0].strip()
+        if not command or command.startswith("#") or command.startswith(tuple(ELSEWHERE)):
+            continue
+        assert command.startswith("pop "), f"{block}: {command!r} is neither run here nor in ELSEWHERE"
+        if command.startswith("pop convert"):
+            pytest.importorskip("gguf")
+            write_gguf(folder / "model.gguf")
+        assert run(shlex.split(command), folder).stdout or "--output" in command or "convert" in command
+
+
+def write_gguf(path: Path) -> None:
+    """The smallest GGUF file of a Llama that converts: made by gguf's own writer."""
+    from gguf_files import write_tiny_llama
+
+    write_tiny_llama(path)
+
+
+def test_elsewhere_names_what_exists():
+    for where in ELSEWHERE.values():
+        for name in re.findall(r"(?:test_\w+\.py|python_tests/\w+)", where):
+            path = name if "/" in name else f"python_tests/{name}"
+            assert (ROOT / path).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples(example, places, tmp_path):
+    folder = places(ROOT / "README.md")
+    done = run([sys.executable, str(example), str(folder / "MODEL"), str(folder / "FILE")], tmp_path)
+    assert done.stdout.strip()
