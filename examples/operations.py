@@ -13,9 +13,7 @@ rope_index = torch.zeros(layers, dtype=torch.int32)
 slot_mapping = torch.arange(tokens)
 cache = torch.zeros(layers, 2, 7, block_size, kv_heads, head_size)  # 7 blocks of 16 tokens
 
-torch.ops.pop.project_kv(
-    hidden, weight, None, None, 1e-6, cos, sin, rope_index, slot_mapping, cache[:, 0], cache[:, 1]
-)
+torch.ops.pop.project_kv(hidden, weight, None, None, 1e-6, cos, sin, rope_index, slot_mapping, cache[:, 0], cache[:, 1])
 values = cache[:, 1].flatten(1, 2)[:, :tokens]
 x = hidden * (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 expected = torch.einsum("ti,loi->lto", x, weight[:, kv_heads * head_size :]).unflatten(-1, (kv_heads, head_size))

@@ -29,7 +29,7 @@ _PUBLIC = {
     "suggest_depth": "analysis.workflows",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from .analysis.workflows import calibrate, evaluate, measure_importance, suggest_depth

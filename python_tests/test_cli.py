@@ -48,7 +48,7 @@ def test_generate_json(folder):
     output = json.loads(result.stdout)
     wanted = expected(folder, "Hello", max_new_tokens=12)
     assert output["tokens"] == wanted.tokens[0] and output["text"] == wanted.text[0]
-    assert output["prompt_tokens"] == 5 and output["prefill_depth"] == 1.0
+    assert output["prompt_tokens"] == 5 and output["prefill_depth"] == 6
     assert output["times"].keys() >= {"truncated_prefill", "projection", "boundary", "decode", "time_to_first_token"}
     assert result.stderr == ""
 

@@ -195,8 +195,8 @@ def test_command_line(folder, tmp_path):
     (report,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(report.read_text())["results"]
     assert results.keys() == {"pop_choice", "pop_generate"}
-    model = pop_ext.load(folder, 3, dtype=torch.float32, calibration=calibration)
-    own = pop_ext.load(folder, 3, dtype=torch.float32)
+    model = pop_ext.load(folder, prefill_depth=3, dtype=torch.float32, calibration=calibration)
+    own = pop_ext.load(folder, prefill_depth=3, dtype=torch.float32)
     logged = {}
     for task in results:
         (file,) = (tmp_path / "out").rglob(f"samples_{task}_*.jsonl")

@@ -60,8 +60,12 @@ def generate(
         float | None, typer.Option(help="Frames per second of the videos.  [default: an animation's own]")
     ] = None,
     prefill_depth: Annotated[
-        str, typer.Option(help="Layers that the prompt runs through (12), or their share (0.7). 1 is one, 1.0 is all.")
-    ] = "1.0",
+        str | None,
+        typer.Option(
+            help="Layers that the prompt runs through (12), or their share (0.7). 1 is one, 1.0 is all.  "
+            "[default: the calibration's, else 1.0]"
+        ),
+    ] = None,
     boundary_tokens: Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")] = 1,
     anchor_tokens: Annotated[int, typer.Option(help="First tokens that run through all layers.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
@@ -82,7 +86,7 @@ def generate(
 
     The text streams to standard output; then a line of times goes to standard error.
     """
-    depth = parse_depth(prefill_depth)
+    depth = None if prefill_depth is None else parse_depth(prefill_depth)
     text = read_prompt(prompt, prompt_file)
     if fps is not None and not video:
         raise ValueError("--fps is the rate of a video's frames, expected it with --video")
@@ -124,9 +128,12 @@ def generate(
             "text": output.text[0],
             "tokens": output.tokens[0],
             "prompt_tokens": output.prompt_tokens[0],
-            "prefill_depth": depth,
+            "prefill_depth": loaded.resolve_prefill_depth(),
             "times": times,
         }
         print(json.dumps(result))
     else:
-        stderr.print(describe_times(output.times, output.prompt_tokens[0]), style="dim", markup=False)
+        at, layers = loaded.resolve_prefill_depth(), loaded.spec.num_layers
+        line = f"prefill depth {at} of {layers}, {'calibrated' if calibration else 'own'} projections; "
+        line = line if at < layers else f"prefill depth {layers} of {layers}; "
+        stderr.print(line + describe_times(output.times, output.prompt_tokens[0]), style="dim", markup=False)
