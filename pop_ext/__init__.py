@@ -77,6 +77,6 @@ class _RegisterWithTorch(MetaPathFinder):
 
 
 if "torch" in sys.modules:
-    from . import ops  # noqa: F401
+    from . import ops
 else:
     sys.meta_path.insert(0, _RegisterWithTorch())
