@@ -87,7 +87,7 @@ def compare(monkeypatch, folder, prompts, depth, tokens):
     operations = cuda_operations()
     model = pop_ext.load(folder, prefill_depth=depth)
     chosen = model.generate(prompts, max_new_tokens=tokens, do_sample=False).tokens
-    expected = references(folder, model.layers_kept(), prompts, chosen)
+    expected = references(folder, model.resolve_prefill_depth(), prompts, chosen)
     before = ops.cpu_isa()
     try:
         for isa in ops.cpu_isas():
