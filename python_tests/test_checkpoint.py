@@ -75,6 +75,7 @@ def expected(model, spec: ModelSpec, dtype: torch.dtype) -> dict[str, torch.Tens
 def flat(weights) -> dict[str, torch.Tensor | None]:
     model = {field.name: getattr(weights, field.name) for field in dataclasses.fields(weights)}
     layers = model.pop("layers")
+    assert model.pop("first_projection") == 0
     for index, layer in enumerate(layers):
         model |= {f"{index}.{key}": value for key, value in vars(layer).items()}
     return model

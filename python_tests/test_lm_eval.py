@@ -71,7 +71,7 @@ def test_loglikelihood(model, monkeypatch):
         ("One context here", " longer end"),
         ("One context here", " a"),
     ]
-    reference = pop_ext.load(str(model.model.folder), 3, dtype=torch.float32)
+    reference = pop_ext.load(str(model.model.folder), prefill_depth=3, dtype=torch.float32)
     expected = []
     for context, continuation in pairs:
         whole, prompt = (reference.tokenizer(text).input_ids for text in (context + continuation, context))

@@ -97,7 +97,12 @@ def test_attention_is_as_exact_as_torch(isa, head_size, queries, context, sharpn
     key, value = (inputs[n][blocks].flatten(0, 1)[:context].transpose(0, 1) for n in ("key_cache", "value_cache"))
     visible = torch.arange(context) <= torch.arange(context - queries, context)[:, None]
     sdpa = F.scaled_dot_product_attention(
-        inputs["query"].transpose(0, 1)[None], key[None], value[None], visible, scale=inputs["softmax_scale"], enable_gqa=True
+        inputs["query"].transpose(0, 1)[None],
+        key[None],
+        value[None],
+        visible,
+        scale=inputs["softmax_scale"],
+        enable_gqa=True,
     )
     torchs = [reference_ops.attention(**inputs, dtype=torch.float32), sdpa[0].transpose(0, 1)]
     assert_as_exact(ops.attention(*inputs.values()), torchs, reference_ops.attention(**inputs), f"{head_size}")

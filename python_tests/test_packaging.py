@@ -31,6 +31,6 @@ def test_transformers_range():
     assert f"transformers>={first},<{end}" in PROJECT["dependencies"]
     versions.check_transformers()
     versions.check_transformers("5.99.1")
-    for installed in ("5.22.9", "6.0.0", "4.57"):
-        with pytest.raises(ImportError, match=f"transformers is {installed}, expected 5.23 or later and before 6"):
+    for installed in ("5.18.9", "6.0.0", "4.57"):
+        with pytest.raises(ImportError, match=f"transformers is {installed}, expected 5.19 or later and before 6"):
             versions.check_transformers(installed)

@@ -27,7 +27,7 @@ class POP(TemplateLM):
     def __init__(
         self,
         pretrained: str,
-        prefill_depth: int | float | str = 1.0,
+        prefill_depth: int | float | str | None = None,
         calibration: str | None = None,
         boundary_tokens: int = 1,
         anchor_tokens: int = 1,
@@ -44,12 +44,12 @@ class POP(TemplateLM):
             raise ValueError(f"dtype is {dtype!r}, expected bfloat16 or float32")
         self.model = load(
             pretrained,
-            parse_depth(prefill_depth) if isinstance(prefill_depth, str) else prefill_depth,
-            boundary_tokens,
-            anchor_tokens,
-            getattr(torch, dtype),
-            max_cache_tokens,
-            calibration,
+            prefill_depth=parse_depth(prefill_depth) if isinstance(prefill_depth, str) else prefill_depth,
+            boundary_tokens=boundary_tokens,
+            anchor_tokens=anchor_tokens,
+            dtype=dtype,
+            max_cache_tokens=max_cache_tokens,
+            calibration=calibration,
         )
         if self.model.tokenizer is None:
             raise ValueError(f"{pretrained} has no tokenizer: text cannot be turned into tokens")
