@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -184,3 +185,80 @@ def test_help_is_quick():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_console_without_the_characters(folder):
+    """What it cannot show becomes a replacement; nothing of the answer is lost."""
+    sampled = {"do_sample": True, "temperature": 3.0, "top_k": 0, "seed": 1}
+    wanted = expected(folder, "Hello", max_new_tokens=24, **sampled).text[0]
+    assert not wanted.isascii(), "the test needs an answer that ASCII cannot show"
+    command = [sys.executable, "-m", "pop_ext.cli", "generate", folder, "--prompt", "Hello", "--no-chat", *FLOAT32]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    options = ("--max-new-tokens", "24", "--temperature", "3.0", "--top-k", "0", "--seed", "1")
+    done = subprocess.run([*command, *options], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("ascii").removesuffix("\n") == wanted.encode("ascii", "replace").decode()
+
+
+def test_importing_waits_for_nothing():
+    """Neither torch nor transformers is imported before a command needs it; afterwards torch.ops.pop is there."""
+    code = (
+        "import sys, pop_ext.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules;"
+        "assert {'load', 'calibrate', 'evaluate', 'suggest_depth', '__version__'} <= set(dir(pop_ext));"
+        "import torch; torch.ops.pop.linear(torch.ones(1, 8), torch.ones(4, 8))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("option, value", [("--top-p", "1.5"), ("--top-p", "-0.1"), ("--top-k", "-1")])
+def test_values_outside_their_range(folder, option, value):
+    result = pop("generate", folder, "--prompt", "a", option, value)
+    assert result.exit_code == 2 and option in result.stderr and "Input should be" in result.stderr
+
+
+def test_calibrate_prints_a_table(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"Line {i} says {i * i}." for i in range(900)))
+    common = ("calibrate", folder, "--text", text, "--prefill-depth", 3, "--tokens", 2048, *FLOAT32)
+    shown = pop(*common, "--output", tmp_path / "a.safetensors")
+    assert shown.exit_code == 0, shown.stderr
+    assert "error before" in shown.stdout and "after" in shown.stdout
+    output = pop("generate", folder, "--prompt", "a", "--calibration", tmp_path / "a.safetensors", *FLOAT32)
+    assert output.exit_code == 0 and "prefill depth 3 of 6, calibrated projections" in output.stderr
+    machine = pop(*common, "--output", tmp_path / "b.safetensors", "--json")
+    assert machine.exit_code == 0 and "3" in json.loads(machine.stdout)["depths"]
+
+
+def test_python_does_what_the_commands_do(folder, tmp_path):
+    texts = [" ".join(f"Line {i} says {i * i}." for i in range(600))]
+    model = pop_ext.load(folder, dtype="float32")
+    calibration = pop_ext.calibrate(model, [3], texts, tokens=2048)
+    calibration.save(tmp_path / "c.safetensors")
+    calibrated = pop_ext.load(folder, dtype="float32", calibration=tmp_path / "c.safetensors")
+    assert calibrated.resolve_prefill_depth() == 3  # the file's only depth
+    sizes = {"prompts": 3, "prompt_tokens": 60, "continuation_tokens": 8}
+    rows = pop_ext.evaluate(calibrated, texts, [3], **sizes)
+    assert [row.method for row in rows] == ["full", "pop_uncalibrated", "pop_calibrated"]
+    assert rows[0].kl == 0 < rows[2].kl
+    depth, measured = pop_ext.suggest_depth(model, texts, max_kl=1e9, **sizes)
+    assert depth == min(measured) == 1
+    with pytest.raises(TypeError, match="texts is .* expected a list of strings"):
+        pop_ext.evaluate(model, texts[0], [3])
+    with pytest.raises(ValueError, match=r"prefill_depth is 3.0, expected layers as an int \(3\)"):
+        pop_ext.load(folder, prefill_depth=3.0)
+    with pytest.warns(UserWarning, match="prefill_depth=1 is one layer; all layers are 1.0"):
+        pop_ext.load(folder, prefill_depth=1)
+    with pytest.raises(ValueError, match="dtype is 'int8', expected 'auto', 'bfloat16'"):
+        pop_ext.load(folder, dtype="int8")
+    with pytest.raises(TypeError):
+        pop_ext.load(folder, 3)
+
+
+def test_an_unwritable_cache_does_not_matter(folder, tmp_path, monkeypatch, caplog):
+    from pop_ext.analysis import text
+
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    model = pop_ext.load(folder, dtype="float32")
+    assert text.sampled_texts(model, 64) and "the sampled text is not cached" in caplog.text

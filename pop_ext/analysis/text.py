@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from ..checkpoints.files import atomic_write, read_utf8, resolve_folder
 from ..runtime.kv_cache import BLOCK_SIZE
+
+logger = logging.getLogger(__name__)
 
 PIECE = 512  # tokens of Python's help that stay together in the default text
 
@@ -120,8 +123,11 @@ def sampled_texts(
         texts += output.text
         done += sum(map(len, output.tokens))
         progress(min(done, tokens), tokens)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: Path(temporary).write_text(json.dumps(texts), encoding="utf-8"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda temporary: Path(temporary).write_text(json.dumps(texts), encoding="utf-8"))
+    except OSError as error:
+        logger.warning("the sampled text is not cached: %s", error)
     return texts
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..runtime.prefill_depth import parse_depth
@@ -24,6 +23,7 @@ from .common import (
     encoded_samples,
     load_model,
     one_line_errors,
+    output_console,
     progress_bar,
     read_texts,
 )
@@ -103,4 +103,4 @@ def calibrate(
     for depth, entry in result.provenance["depths"].items():
         for layer, before in entry["error_before"].items():
             table.add_row(str(depth), str(layer), f"{before:.4f}", f"{entry['error_after'][layer]:.4f}")
-    Console().print(table)
+    output_console().print(table)

@@ -1,6 +1,8 @@
 """What the commands share: options, errors, progress, loading."""
 
+import io
 import os
+import sys
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -17,7 +19,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # a console that cannot show a character shows a replacement
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def output_console() -> Console:
+    """Standard output: as wide as the terminal, and in a pipe as wide as what is printed."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 400)
 
 
 class DType(str, Enum):
@@ -99,8 +109,9 @@ def encoded_samples(path: Path, model) -> tuple[list, list, list]:
 def check_outputs(*paths: Path | None) -> None:
     """Before any work: every folder that is to be written to is there."""
     for path in filter(None, paths):
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: expected a file name in a folder that exists")
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{path}: expected a file name in a folder that exists and can be written to")
 
 
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..runtime.prefill_depth import parse_depth
@@ -28,6 +27,7 @@ from .common import (
     encoded_samples,
     load_model,
     one_line_errors,
+    output_console,
     progress_bar,
     read_texts,
 )
@@ -99,7 +99,7 @@ def evaluate(
         rows += [{**row, "prompt_tokens": length} for row in evaluation.to_json(results)]
         if not as_json:
             what = f"{synthetic_task.value}, " if synthetic_task else ""
-            Console().print(
+            output_console().print(
                 evaluation_table(results, f"{Path(model).name}, {what}{length} prompt tokens", synthetic_task)
             )
     if plot:

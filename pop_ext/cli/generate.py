@@ -70,8 +70,10 @@ def generate(
     anchor_tokens: Annotated[int, typer.Option(help="First tokens that run through all layers.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this total share.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from this many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total share.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from this many likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     chat: Annotated[
         bool | None,

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..checkpoints.files import atomic_write
@@ -26,6 +25,7 @@ from .common import (
     check_outputs,
     load_model,
     one_line_errors,
+    output_console,
     progress_bar,
     read_texts,
     stderr,
@@ -136,9 +136,9 @@ def importance(
     for layer in range(layers):
         cells = [rows[(layer, *column)] for column in columns]
         table.add_row(str(layer), *(f"{c['importance']:.4f} ± {c['standard_error'] or 0:.4f}" for c in cells))
-    Console().print(table)
+    output_console().print(table)
     table = Table("prefill depth", "KL, nats a token", "gate sum, nats a token")
     for row in summary["depths"]:
         table.add_row(str(row["prefill_depth"]), f"{row['kl']:.4f}", f"{row['gate_sum_per_token']:.4f}")
-    Console().print(table)
-    Console().print(f"Within {budget} nats a token: prefill depth {depth} of {layers}.", highlight=False)
+    output_console().print(table)
+    output_console().print(f"Within {budget} nats a token: prefill depth {depth} of {layers}.")

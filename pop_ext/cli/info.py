@@ -4,10 +4,9 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .common import app, one_line_errors
+from .common import app, one_line_errors, output_console
 
 
 @app.command()
@@ -25,4 +24,4 @@ def info(
     table = Table(box=None, show_header=False)
     for name, value in build.items():
         table.add_row(name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
-    Console().print(table)
+    output_console().print(table)
