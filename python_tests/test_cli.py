@@ -243,11 +243,11 @@ def test_python_does_what_the_commands_do(folder, tmp_path):
     assert rows[0].kl == 0 < rows[2].kl
     depth, measured = pop_ext.suggest_depth(model, texts, max_kl=1e9, **sizes)
     assert depth == min(measured) == 1
-    with pytest.raises(TypeError, match="texts is .* expected a list of strings"):
+    with pytest.raises(TypeError, match=r"texts is .* expected a list of strings"):
         pop_ext.evaluate(model, texts[0], [3])
-    with pytest.raises(ValueError, match=r"prefill_depth is 3.0, expected layers as an int \(3\)"):
+    with pytest.raises(ValueError, match=r"prefill_depth is 3\.0, expected layers as an int \(3\)"):
         pop_ext.load(folder, prefill_depth=3.0)
-    with pytest.warns(UserWarning, match="prefill_depth=1 is one layer; all layers are 1.0"):
+    with pytest.warns(UserWarning, match=r"prefill_depth=1 is one layer; all layers are 1\.0"):
         pop_ext.load(folder, prefill_depth=1)
     with pytest.raises(ValueError, match="dtype is 'int8', expected 'auto', 'bfloat16'"):
         pop_ext.load(folder, dtype="int8")
