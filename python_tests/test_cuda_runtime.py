@@ -134,9 +134,15 @@ def test_repeats_exactly(name, dtype):
 
 def test_on_sm_86():
     """With the 99 KiB of shared memory that a block has there: other tiles and stages."""
-    if torch.cuda.is_available() or os.environ.get("POP_EMULATOR_SM"):
+    if torch.cuda.is_available() or os.environ.get("PTX_EMULATOR_SM"):
         pytest.skip("the device is another one already")
-    environment = {**os.environ, "POP_EMULATOR_SM": "86"}
+    environment = {**os.environ, "PTX_EMULATOR_SM": "86"}
+    code = (  # cudaDevAttrComputeCapabilityMajor and Minor
+        "import ctypes, ptx_emulator; runtime, value = ptx_emulator.runtime(), ctypes.c_int();"
+        "print(*(runtime.cudaDeviceGetAttribute(ctypes.byref(value), a, 0) or value.value for a in (75, 76)))"
+    )
+    device = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert device.stdout.split() == ["8", "6"], device.stdout + device.stderr
     files = [str(Path(__file__).with_name(f"test_cuda_{name}.py")) for name in ("ops", "attention")]
     command = [sys.executable, "-m", "pytest", "-q", *files, "-k", "elements or large"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)

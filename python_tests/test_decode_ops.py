@@ -19,7 +19,7 @@ import pop_ext.ops  # noqa: F401
 
 @pytest.fixture(params=["cpu", "cuda"])
 def ops(request):
-    """torch.ops.pop of each device; the software device looks at every launch and finds no broken rule."""
+    """torch.ops.pop of each device; the PTX emulator checks every launch and finds no broken rule."""
     if request.param == "cpu":
         yield torch.ops.pop
         return

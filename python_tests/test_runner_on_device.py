@@ -1,6 +1,6 @@
 """The runner on a device: on a double (device_double.py), or with POP_TEST_DEVICE=cuda on a GPU, against the CPU.
 
-On the double every operation runs its CUDA kernel on the software device, mixing devices raises, and each copy and wait
+On the double every operation runs its CUDA kernel on the PTX emulator, mixing devices raises, and each copy and wait
 is counted by file and line.
 """
 

@@ -32,7 +32,7 @@ class SequenceChunk:
 
 class ForwardBatch:
     """What the layers need to know of the tokens in a forward pass: how they turn (RoPE), where they are written, what
-    they may see. Made on the host; `upload` brings it to the device.
+    they may see. Made on the host; `ready` takes what was copied to the device.
     """
 
     INTEGERS = ("block_tables", "cu_seqlens_q", "seqlens_k", "slot_mapping", "positions", "spans", "visual_rows")

@@ -35,8 +35,7 @@ def load(
         is all layers. An int 1 on a deeper model warns. By default the calibration's only depth, or all layers.
     device: "cpu", "cuda", "cuda:1" or a torch.device; "auto" is CUDA where this machine and this build have it, else
         the CPU.
-    dtype: a torch.dtype or its name: bfloat16, on the CPU also float32, on a GPU also float16. "auto" is bfloat16; on
-        a CPU too, where every instruction set here reads half the bytes at no loss of speed.
+    dtype: a torch.dtype or its name: bfloat16, on the CPU also float32, on a GPU also float16. "auto" is bfloat16.
     calibration: a file of `pop calibrate`, made for this model and every depth below L - 1 that is asked for.
     boundary_tokens: how many of each turn's last prompt tokens run through all layers.
     anchor_tokens: how many of a sequence's first tokens run through all layers (attention sinks); 0 is the paper's.
