@@ -8,7 +8,6 @@
 #include <stdexcept>
 
 namespace pop::arguments {
-namespace {
 
 const char* dtype_name(ScalarType type) {
   switch (type) {
@@ -24,10 +23,14 @@ const char* dtype_name(ScalarType type) {
       return "int32";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Byte:
+      return "uint8";
     default:
       return "another dtype";
   }
 }
+
+namespace {
 
 std::string shape_text(const int64_t* sizes, size_t count) {
   std::ostringstream out;

@@ -64,6 +64,9 @@ ProjectKv project_kv(const Backend&, const Tensor& hidden, const Tensor& weight,
                      const Tensor& rope_index, const Tensor& slot_mapping, const Tensor& key_caches,
                      const Tensor& value_caches);
 
+/// As torch and numpy spell it.
+const char* dtype_name(ScalarType);
+
 [[noreturn]] void fail(const std::string& message);
 
 }  // namespace pop::arguments

@@ -11,27 +11,6 @@ namespace {
 
 constexpr int64_t kAny = -1;
 
-const char* name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    default:
-      return "another dtype";
-  }
-}
-
 /// The tensors of one call, all on the device of the first.
 class Expect {
  public:
@@ -54,7 +33,7 @@ class Expect {
     bool same = sizes.size() == shape.size();
     for (size_t i = 0; same && i < shape.size(); ++i) same = shape.begin()[i] == kAny || shape.begin()[i] == sizes[i];
     if (!same) fail(name, "of shape " + text(sizes.data(), sizes.size()), std::string(names) + " = " + text(shape));
-    if (t.scalar_type() != type) fail(name, name_of(t.scalar_type()), name_of(type));
+    if (t.scalar_type() != type) fail(name, dtype_name(t.scalar_type()), dtype_name(type));
     if (t.device().type() != backend_.device || t.get_device_index() != device_index_)
       fail(name, "on another device", "all tensors on one");
     const bool laid_out =
@@ -113,7 +92,7 @@ Call<Embedding> embedding(const Backend& backend, const Tensor& token_ids, const
   const ScalarType type = weight.defined() ? weight.scalar_type() : ScalarType::Float;
   const bool served = (type == ScalarType::Float && backend.float32) || (type == ScalarType::BFloat16) ||
                       (type == ScalarType::Half && backend.float16);
-  if (!served) expect.fail("weight", name_of(type), backend.float32 ? "float32 or bfloat16" : "bfloat16 or float16");
+  if (!served) expect.fail("weight", dtype_name(type), backend.float32 ? "float32 or bfloat16" : "bfloat16 or float16");
   expect.tensor("weight", weight, type, {kAny, kAny}, "[V, D]", false);
   const int64_t tokens = token_ids.size(0), hidden = weight.size(1);
   expect.require(hidden > 0 && (!backend.vectors || hidden % 8 == 0), "weight's hidden size D", hidden,
