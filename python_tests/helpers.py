@@ -210,16 +210,16 @@ def model_gguf(name: str, folder: Path) -> Path:
 
 def real_model(name: str) -> Path:
     """The folder of a real model, converted from its package on first use; skips where the package is missing."""
-    from pop_ext.checkpoints import gguf
+    from pop_ext.checkpoints.gguf import convert_gguf
 
     models = Path(os.environ.get("POP_MODELS", ROOT / "build" / "models"))
     folder = models / name
     if not (folder / "config.json").exists():
         models.mkdir(parents=True, exist_ok=True)
-        gguf = model_gguf(name, models)
-        gguf.convert_gguf(gguf, folder)
-        if gguf.is_relative_to(models):
-            gguf.unlink()  # assembled here from parts
+        file = model_gguf(name, models)
+        convert_gguf(file, folder)
+        if file.is_relative_to(models):
+            file.unlink()  # assembled here from parts
     return folder
 
 
