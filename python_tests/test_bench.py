@@ -105,7 +105,8 @@ def running(pid: int) -> bool:
 
 
 BUSY = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 sys.path.insert(0, sys.argv[1])
 import prefill
 worker = prefill.Worker("transformers", sys.argv[2], {}, sys.executable, {})
@@ -118,11 +119,14 @@ worker.run(prompt_tokens=4, decode_tokens=10**8)
 def test_stopped_benchmark_leaves_no_worker(folder, number):
     command = [sys.executable, "-c", BUSY, str(ROOT / "bench"), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        worker = int(process.stdout.readline())
-        time.sleep(0.5)
-        assert running(worker)
-        process.send_signal(number)
-        assert process.wait(20) != 0
+        try:
+            worker = int(process.stdout.readline())
+            time.sleep(0.5)
+            assert running(worker)
+            process.send_signal(number)
+            assert process.wait(20) != 0
+        finally:
+            process.kill()
     end = time.monotonic() + 20
     while running(worker) and time.monotonic() < end:
         time.sleep(0.05)
