@@ -1,7 +1,7 @@
 """POP in transformers' own `generate()`: `attach(model, prefill_depth=20)`. docs/transformers.md says what is refused.
 
 The seam is `GenerationMixin._prefill`, replaced on the instance. While it runs, the decoder layers from P up have
-another `forward`: layer P projects the keys and values of all of them from its input and hands the deep tokens alone on,
+another `forward`: layer P projects the keys and values of all of them from its input and hands only the deep tokens on,
 and each layer puts theirs among the projected ones on the way into the cache. All else is the model's own: layers,
 hooks, masks, rotary embedding and cache. Decoding runs the model as it was.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MethodType
 
@@ -141,10 +141,8 @@ def _load_calibration(path: str | Path, model, decoder: nn.Module, spec: ModelSp
     # Loading in a narrower dtype may round what the fingerprint reads; the files then say what model this is.
     rounded = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and spec.norm_offset)
     if found != expected and rounded and model.name_or_path:
-        try:
+        with suppress(FileNotFoundError):
             found = checkpoint_fingerprint(model.name_or_path)
-        except FileNotFoundError:
-            pass
     if found != expected:
         raise CalibrationError(f"{path}: the calibration was made for another model: its fingerprint differs")
     return calibration
@@ -189,8 +187,8 @@ def _check_images(model, model_kwargs: dict) -> None:
     images = any(model_kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
     if images and model._pop.depth < least:
         raise ValueError(
-            f"prefill_depth is {model._pop.depth} layers, expected at least {least} for a prompt with images: DeepStack "
-            f"adds visual features to the hidden state after each of the first {least} layers"
+            f"prefill_depth is {model._pop.depth} layers, expected at least {least} for a prompt with images: "
+            f"DeepStack adds visual features to the hidden state after each of the first {least} layers"
         )
 
 
@@ -335,7 +333,7 @@ class _Turn:
         """Stage 2: one multiplication for the keys and values of all layers from P up, before K-norm and RoPE."""
         attached, spec = self.attached, self.attached.spec
         attached.to(hidden)
-        x = F.rms_norm(hidden, hidden.shape[-1:], eps=spec.rms_norm_eps)
+        x = _normed(hidden, spec.rms_norm_eps)
         if attached.features is not None:
             z = F.linear(x, attached.features)
             before = z.new_zeros(len(z), 1, z.shape[2]) if self.before is None else self.before
@@ -343,7 +341,7 @@ class _Turn:
             last = torch.where(real, torch.arange(1, self.tokens + 1), 0).cummax(1).values  # real token up to each
             previous = F.pad(last[:, :-1], (1, 0)).to(z.device)
             self.before = _rows(z, last[:, -1:].to(z.device), 1)
-            x = torch.cat([x, _rows(z, previous, 1)], 2)
+            x = _normed(torch.cat([x, _rows(z, previous, 1)], 2), spec.rms_norm_eps)  # as they were fitted
         out = F.linear(x, attached.weight, attached.bias)
         self.out = out.unflatten(2, (len(attached.layers), 2, spec.num_kv_heads, spec.head_dim))
 
@@ -375,6 +373,10 @@ class _Merging:
 
     def __getattr__(self, name: str):
         return getattr(self.turn.cache, name)
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 def _rows(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
