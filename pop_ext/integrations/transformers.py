@@ -184,7 +184,9 @@ def _prefill(self, input_ids: Tensor, generation_config, model_kwargs: dict, **k
 def _check_images(model, model_kwargs: dict) -> None:
     """DeepStack adds visual features to the hidden states of all tokens, which layers from P up do not have."""
     least = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", ()))
-    images = any(model_kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
+    raw = [model_kwargs.get(key) for key in ("pixel_values", "pixel_values_videos")]
+    encoded = (model_kwargs.get("mm_encoder_outputs") or {}).values()
+    images = any(value is not None for value in (*raw, *encoded))
     if images and model._pop.depth < least:
         raise ValueError(
             f"prefill_depth is {model._pop.depth} layers, expected at least {least} for a prompt with images: "
