@@ -142,7 +142,10 @@ def assert_same(model, folder) -> None:
 @pytest.mark.parametrize("name", SOURCES)
 def test_source(name, tmp_path):
     model = source(name)
-    assert_same(model, convert_gguf(write(model, tmp_path / "model.gguf"), tmp_path / "out"))
+    folder = convert_gguf(write(model, tmp_path / "model.gguf"), tmp_path / "out")
+    assert_same(model, folder)
+    # vLLM chooses a model's class by this name, and takes it for one without a head where there is none
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [type(model).__name__]
 
 
 def test_scaling_matters(tmp_path):

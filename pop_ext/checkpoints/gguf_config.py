@@ -119,7 +119,10 @@ def read_config(fields: dict, tensors: dict) -> dict:
     if model_type in ("llama", "qwen3"):
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     data.finish()
-    return config | special_tokens(data)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]  # which other engines go by
+    return {"architectures": architectures} | config | special_tokens(data)
 
 
 def special_tokens(data: Metadata) -> dict:
