@@ -48,7 +48,7 @@ class SpeedBaseline(Model):
     """
 
     def __init__(self, model: Model):
-        self.__dict__.update(vars(model), calibration=None, decode_buffers={})
+        self.__dict__.update(vars(model), calibration=None, decode_buffers={}, prefix_cache=False)
         self._depth = model.spec.num_layers
         # of each slot of the cache: whether the layers from _depth up do not see its token
         self._hidden = torch.zeros(model.cache.num_blocks * BLOCK_SIZE, dtype=torch.bool)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +24,19 @@ from .kv_cache import BLOCK_SIZE, KVCache, Sequence
 from .rope import RotaryEmbedding
 
 pop = torch.ops.pop
+P, R = ParamSpec("P"), TypeVar("R")
 DEFAULT_MAX_CACHE_TOKENS = 32768  # of the cache, where the model's own context is longer
+
+
+def in_turn(method: Callable[P, R]) -> Callable[P, R]:
+    """A method of a model that runs when no other thread is in one: they share the cache."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with args[0].cache.lock:
+            return method(*args, **kwargs)
+
+    return call
 
 
 class Layers:
@@ -41,6 +56,7 @@ class Layers:
         max_cache_tokens: int | None,
         calibration: str | Path | None = None,
         device: str | torch.device = "cpu",
+        prefix_cache: bool = False,
     ):
         if max_cache_tokens is not None:
             check_count("max_cache_tokens", max_cache_tokens, 1)
@@ -73,6 +89,7 @@ class Layers:
         self.tokenizer = load_tokenizer(folder)
         self.vision = Vision(folder, self.config, self.spec, dtype, self.device) if self.spec.vision_type else None
         self.generation_config = load_generation_config(folder, self.config)
+        self.prefix_cache = prefix_cache
         self.decode_buffers, self.cuda_graphs = {}, True  # on a GPU: see `decoding`
         self.cache = KVCache(
             self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, capacity, dtype, self.device

@@ -19,8 +19,8 @@ from .checks import check_image_spans, check_token_lists
 from .device import StageTimes, to_device
 from .finite import NonFiniteError, check_logits, explained
 from .forward_batch import SequenceChunk, forward_passes
-from .kv_cache import Sequence
-from .layers import Layers
+from .kv_cache import Sequence, prefix_keys
+from .layers import Layers, in_turn
 
 
 class PrefillModel(Layers):
@@ -28,8 +28,8 @@ class PrefillModel(Layers):
     (`generation.Model`).
 
     prefill_depth, boundary_tokens and anchor_tokens are the defaults of every call; `chunk_tokens` bounds the prompt
-    tokens of one forward pass, and with it the memory of activations (results do not depend on it). Not for use by
-    several threads at once.
+    tokens of one forward pass, and with it the memory of activations (results do not depend on it). Calls from several
+    threads take turns.
     """
 
     # Conversations
@@ -39,11 +39,11 @@ class PrefillModel(Layers):
         return Sequence(self.cache)
 
     def free(self, sequence: Sequence) -> None:
-        """Gives a conversation's blocks back, after which it cannot be continued. Freeing it again does nothing."""
+        """`sequence.close()`: gives its blocks back, after which it cannot be continued."""
         if isinstance(sequence, Sequence) and sequence.cache is None:
             return
         self._check_sequence("sequence", sequence)
-        self.cache.free(sequence)
+        sequence.close()
 
     def _check_sequence(self, name: str, sequence: Sequence) -> None:
         if not isinstance(sequence, Sequence):
@@ -54,6 +54,7 @@ class PrefillModel(Layers):
 
     # Prefill and decode
 
+    @in_turn
     @torch.no_grad()
     def prefill(
         self,
@@ -76,6 +77,7 @@ class PrefillModel(Layers):
             sequences, prompts, "prompts", self.resolve_prefill_depth(prefill_depth), times, visuals
         ), times
 
+    @in_turn
     @torch.no_grad()
     def decode(self, sequences: list[Sequence], token_ids: list[int]) -> Tensor:
         """Appends token_ids[i] to sequences[i] and runs it, and what is not in the cache yet, through all layers.
@@ -91,6 +93,7 @@ class PrefillModel(Layers):
             deep=True,
         )
 
+    @in_turn
     @torch.no_grad()
     def logits(
         self,
@@ -162,7 +165,8 @@ class PrefillModel(Layers):
             for visual in images:
                 sequence.add(replace(visual))
         try:
-            self.cache.grow(sequences, [len(prompt) for prompt in prompts])
+            with self.cache.lock:
+                self.cache.grow(sequences, [len(prompt) for prompt in prompts])
             runs = [(sequence, 0, len(prompt)) for sequence, prompt in zip(sequences, prompts, strict=True)]
             batch = self.batch(runs)
             inputs = {"token_ids": torch.tensor([token for prompt in prompts for token in prompt])}
@@ -188,42 +192,74 @@ class PrefillModel(Layers):
         *,
         deep=False,
         all_logits=False,
+        share=False,
     ) -> Tensor:
         """Appends prompts and runs all that is not in the cache, `chunk_tokens` at a time; nothing of it stays if that
-        fails.
+        fails. share: with the prefixes in the cache.
         """
         self.check_settings()
         self._check_prompts(sequences, prompts, name)
         visuals = check_image_spans(visuals, prompts, self.spec, depth)
-        lengths, images = [len(s.token_ids) for s in sequences], [len(s.visuals) for s in sequences]
-        self.cache.grow(sequences, [n + len(p) for n, p in zip(lengths, prompts, strict=True)])
+        before = [(len(s.token_ids), len(s.visuals), s.num_cached) for s in sequences]
+        kept = []
         try:
             pieces = []
-            for sequence, length, prompt, new in zip(sequences, lengths, prompts, visuals, strict=True):
+            for sequence, (length, *_), prompt, new in zip(sequences, before, prompts, visuals, strict=True):
                 sequence.token_ids += prompt
                 for visual in new:
                     sequence.add(replace(visual, start=visual.start + length, end=visual.end + length))
-                end = length + len(prompt)
-                anchors = self.anchor_tokens
-                if self.spec.bidirectional_images:  # an image that begins within the anchors is one with them
-                    anchors = max([anchors, *(v.end for v in sequence.visuals if v.start < self.anchor_tokens)])
-                if self.features(depth) is not None:  # no token's, where the one before it is not of this turn
-                    anchors = max(anchors, sequence.num_cached + 1)
-                shallow = (max(length, anchors), end - self.boundary_tokens) if not deep else (end, end)
-                pieces.append(
-                    SequenceChunk(sequence, sequence.num_cached, end, *shallow, length if all_logits else end - 1)
-                )
+                piece = self._piece(sequence, length, depth, deep)
+                pieces.append(replace(piece, logits_start=length) if all_logits else piece)
+            if share:
+                self._share_prefixes(pieces, [length for length, *_ in before], depth, kept)
+            else:
+                self.cache.grow(sequences, [piece.end for piece in pieces])
             chunks = forward_passes(pieces, self.chunk_tokens, self.spec.bidirectional_images)
             logits = [self._forward(chunk, depth, times) for chunk in chunks]
         except BaseException:
-            for sequence, length, count in zip(sequences, lengths, images, strict=True):
+            self.cache.forget(kept)
+            for sequence, (length, count, cached) in zip(sequences, before, strict=True):
                 del sequence.token_ids[length:], sequence.visuals[count:]
+                sequence.num_cached = cached
+                if not cached:  # its blocks may be others'
+                    self.cache.shrink(sequence, 0)
             raise
-        for sequence, count in zip(sequences, images, strict=True):
+        for sequence, (_, count, _) in zip(sequences, before, strict=True):
             sequence.num_cached, sequence.last_hidden = len(sequence.token_ids), None
             for visual in sequence.visuals[count:]:
                 visual.features = None
         return torch.cat(logits) if len(logits) > 1 else logits[0]
+
+    def _piece(self, sequence: Sequence, length: int, depth: int, deep: bool) -> SequenceChunk:
+        """What there is to run of a conversation that had `length` tokens before this turn; logits of the last."""
+        end, anchors = len(sequence.token_ids), self.anchor_tokens
+        if self.spec.bidirectional_images:  # an image that begins within the anchors is one with them
+            anchors = max([anchors, *(v.end for v in sequence.visuals if v.start < self.anchor_tokens)])
+        if self.features(depth) is not None:  # no token's, where the one before it is not of this turn
+            anchors = max(anchors, sequence.num_cached + 1)
+        shallow = (end, end) if deep else (max(length, anchors), end - self.boundary_tokens)
+        return SequenceChunk(sequence, sequence.num_cached, end, *shallow, end - 1)
+
+    def _share_prefixes(self, pieces: list[SequenceChunk], lengths: list[int], depth: int, kept: list) -> None:
+        """Gives every conversation its blocks. One that had no tokens before takes those that the cache has for the
+        start of its prompt, and leaves its own there, whose keys go to `kept`.
+
+        Whole blocks without a boundary token are shared. Their tokens' keys and values depend on what is before them
+        alone, as every one is an anchor or truncated, in this prompt as in the other. A later one of `pieces` may take
+        blocks of an earlier: at each layer the pass writes all keys and values before it reads any.
+        """
+        settings = (min(depth, self.spec.num_layers - 1), self.anchor_tokens, self.calibration)
+        for piece, length in zip(pieces, lengths, strict=True):
+            sequence, keys, piece.sequence.num_reused = piece.sequence, [], 0
+            if length == 0:
+                keys = prefix_keys(sequence.token_ids, sequence.visuals, piece.shallow_end, settings)
+                self.cache.shrink(sequence, 0)
+                self.cache.adopt(sequence, keys)
+                piece.start = sequence.num_reused = sequence.num_cached
+                if piece.start and self.features(depth) is not None:
+                    piece.start -= 1  # runs again, for the next token's features; it is not written
+            self.cache.grow([sequence], [piece.end])
+            kept += self.cache.keep(sequence, keys)
 
     def _forward(self, pieces: list[SequenceChunk], depth: int, times: StageTimes) -> Tensor:
         """One pass over the tokens of `pieces`; returns the logits wanted of them, [rows, vocabulary] float32.
