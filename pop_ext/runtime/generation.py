@@ -5,10 +5,14 @@ of a batch share the arithmetic and nothing else. `sampling` chooses the tokens.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import transformers
+from transformers.generation.streamers import BaseStreamer
 
 from .checks import check_integer
 from .device import StageTimes
@@ -18,6 +22,8 @@ from .layers import in_turn
 from .model import PrefillModel
 from .prompts import encode_prompt, media_lists, prompt_list
 from .sampling import TransformersRules
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 @dataclass
@@ -65,9 +71,24 @@ class GenerationOutput:
     sequences: list | None
 
 
+def ends_stream(method: Callable[P, R]) -> Callable[P, R]:
+    """A method whose `streamer` is ended also when something failed: a reader in another thread waits for the end."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        finally:
+            if isinstance(streamer := kwargs.get("streamer"), BaseStreamer):
+                streamer.end()
+
+    return call
+
+
 class Model(PrefillModel):
     """A model that generates: `generate` on top of `new_sequence`, `prefill`, `decode` and `free`."""
 
+    @ends_stream
     @in_turn
     @torch.no_grad()
     def generate(
@@ -214,9 +235,6 @@ class Model(PrefillModel):
             return times
         except NonFiniteError as error:
             raise explained(error, self, prompt_ids) from None
-        finally:
-            if streamer is not None:
-                streamer.end()  # also when something failed: a reader in another thread waits for the end
 
 
 def _check_sequences(sequences, count: int) -> None:
