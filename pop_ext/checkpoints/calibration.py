@@ -54,8 +54,11 @@ class Calibration:
 
     def to(self, device: torch.device) -> Calibration:
         """The same on a device."""
-        tables = ({depth: t.to(device) for depth, t in table.items()} for table in (self.projections, self.features))
-        return Calibration(*tables, self.provenance)
+
+        def moved(table):
+            return {depth: tensor.to(device) for depth, tensor in table.items()}
+
+        return Calibration(moved(self.projections), moved(self.features), self.provenance)
 
     def check(self, model) -> None:
         """CalibrationError unless it was made for this model's weights."""

@@ -45,9 +45,10 @@ def checkpoint_fingerprint(folder: str | Path) -> str:
         table = {}
         for name, keys in (names | {key: (key,) for key in entries if key not in parts}).items():
             if keys[0] in entries:
-                offset = spec.norm_offset if "norm" in name else None
-                entry = [entries[key] for key in keys]
-                table[name] = files.weight(*entry) if offset is None else files.gain(*entry, offset)
+                if "norm" in name:
+                    table[name] = files.gain(entries[name], spec.norm_offset)
+                else:
+                    table[name] = files.weight(*(entries[key] for key in keys))
         return table
 
     def tables():

@@ -41,7 +41,7 @@ class Vision:
         modules = _load_modules(self.folder, config, spec, dtype)
         self.modules = {name: module.to(self.device) for name, module in modules.items()}
         self.image_processor = load_image_processor(self.folder, config, self.is_gemma)
-        self.video_settings = None if self.is_gemma else load_video_settings(self.folder, config)
+        self.video_settings = {} if self.is_gemma else load_video_settings(self.folder, config)
 
     # What stands in the text
 
@@ -63,7 +63,7 @@ class Vision:
         )
         return start + token + end
 
-    def expand(self, text: str, media: dict[str, list[tuple[Media, str]]], name: str, tokenizer) -> str:
+    def expand(self, text: str, media: dict[str, list[tuple[Media, list[float]]]], name: str, tokenizer) -> str:
         """The text with each placeholder replaced by its image's or video's tokens (`process_image`)."""
         found = {kind: text.count(self.placeholder(kind, tokenizer)) for kind in self.kinds}
         for kind, count in found.items():
@@ -106,6 +106,7 @@ class Vision:
         """Of each span."""
         if self.is_gemma:
             return self.config.mm_tokens_per_image
+        assert media.grid_thw is not None
         _, rows, columns = media.grid_thw
         return rows * columns // self.config.vision_config.spatial_merge_size**2
 
@@ -117,7 +118,7 @@ class Vision:
         for kind, token_id, media in (("image", self.image_token_id, images), ("video", self.video_token_id, videos)):
             at = [index for index, token in enumerate(token_ids) if token == token_id] if token_id is not None else []
             parts = [
-                item for item in media for _ in range(len(item.pixel_values) if self.is_gemma else item.grid_thw[0])
+                item for item in media for _ in range(item.grid_thw[0] if item.grid_thw else len(item.pixel_values))
             ]
             expected = sum(map(self._tokens, parts))
             if len(at) != expected:
@@ -175,15 +176,14 @@ class Vision:
         sizes = {frame.size for frame in frames}
         if len(sizes) > 1:
             raise ValueError(f"{name} has frames of different sizes: {', '.join(map(str, sorted(sizes)[:3]))}")
-        return video_patches(frames, self.video_settings, name), video_patch_times(
-            len(frames), fps, self.video_settings
-        )
+        patches = video_patches(frames, self.video_settings, name)
+        return patches, video_patch_times(len(frames), fps, self.video_settings)
 
     @torch.no_grad()
     def encode(self, media: Media) -> list[ImageSpan]:
         """Runs the vision tower: an ImageSpan for each of its spans, features [1 + d, tokens, D] in `dtype`."""
         pixels = media.pixel_values.to(self.dtype).to(self.device)
-        if self.is_gemma:
+        if media.grid_thw is None:
             hidden = self.modules["vision_tower"](pixel_values=pixels).last_hidden_state
             parts, grid = self.modules["multi_modal_projector"](hidden).unsqueeze(1), None
         else:
