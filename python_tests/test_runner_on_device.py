@@ -348,8 +348,8 @@ def test_a_stale_slot_in_a_replay_is_seen(llama, monkeypatch):
 @on_the_double
 def test_torch_in_a_capture_raises(llama, monkeypatch):
     model = pop_ext.load(llama, device=DEVICE, prefill_depth=3, max_cache_tokens=CACHE)
-    logits = type(model)._logits
-    monkeypatch.setattr(type(model), "_logits", lambda self, hidden: logits(self, hidden * 1))
+    head = type(model).head
+    monkeypatch.setattr(type(model), "head", lambda self, hidden: head(self, hidden * 1))
     with pytest.raises(RuntimeError, match=r"mul.* at runtime/.* cannot be captured"):
         generate(model, draw_prompts(20))
 
@@ -405,7 +405,7 @@ def test_a_gpu_that_cannot_be_used(monkeypatch, llama, version, count, capabilit
 def test_head_sizes_without_kernels(tmp_path, monkeypatch, family, size):
     """Refused before weights are read."""
     folder = TINY[family].make(tmp_path / family, seed=3)
-    monkeypatch.setattr("pop_ext.runtime.model.load_weights", None)
+    monkeypatch.setattr("pop_ext.runtime.layers.load_weights", None)
     with pytest.raises(ValueError, match=f"the model's head size is {size}, expected 32, 64, 128 or 256 on "):
         pop_ext.load(folder, device=DEVICE)
 
@@ -422,7 +422,7 @@ def test_memory(llama, double, monkeypatch):
     token = 2 * 6 * 3 * 32 * 2
     monkeypatch.setattr(type(double.module), "free_memory", needed + 100_000 * token)
     assert pop_ext.load(llama, device=DEVICE, prefill_depth=4).max_cache_tokens == 84992  # 85%, whole blocks
-    monkeypatch.setattr("pop_ext.runtime.model.load_weights", None)
+    monkeypatch.setattr("pop_ext.runtime.layers.load_weights", None)
     with pytest.raises(pop_ext.DeviceMemoryError, match=f"needs {(needed + 10**6 * token) / gib:.2f} GiB .* are free"):
         pop_ext.load(llama, device=DEVICE, prefill_depth=4, max_cache_tokens=10**6)
     monkeypatch.setattr(type(double.module), "free_memory", needed // 2)

@@ -21,7 +21,7 @@ class CalibrationError(ValueError):
     """A calibration file is damaged, of another model, or without the depth asked for."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Calibration:
     """Projections of one model for some prefill depths.
 

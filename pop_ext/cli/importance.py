@@ -67,11 +67,13 @@ def importance(
 
         from pop_ext.analysis import importance as gates
         from pop_ext.analysis import text as texts
+        from pop_ext.checkpoints.files import resolve_folder
+        from pop_ext.checkpoints.tokenizer import load_tokenizer
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         loaded = gates.load_transformers(model)
-        tokenizer = texts.load_tokenizer(model)
+        tokenizer = load_tokenizer(resolve_folder(model))
     layers = len(gates.decoder_layers(loaded))
     asked_depths = [layers_of(depth, layers) for depth in prefill_depth or []]
     images, counts = None, prompt_tokens
