@@ -21,10 +21,11 @@ from ..checkpoints.families import ModelSpec
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.tokenizer import load_generation_config, load_tokenizer
 from ..checkpoints.weights import load_weights
+from ..transfer import to_device
 from ..vision.encoder import Vision
 from ..vision.spans import ImageSpan
 from .checks import check_count, check_image_spans, check_token_lists
-from .device import StageTimes, cache_capacity, check_kernels, resolve_device, to_device, weight_bytes
+from .device import StageTimes, cache_capacity, check_kernels, resolve_device, weight_bytes
 from .finite import NonFiniteError, check_logits, explained
 from .forward_batch import ForwardBatch, SequenceChunk, forward_passes
 from .kv_cache import BLOCK_SIZE, KVCache, Sequence

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoints.families import ModelSpec
 from ..checkpoints.files import CheckpointError, one_line
 from ..checkpoints.weights import load_vision_weights
+from ..transfer import to_device
 from .images import MAX_FRAMES, open_frames, open_image
 from .processing import (
     PROCESSOR_FILES,
@@ -179,17 +180,38 @@ class Vision:
             len(frames), fps, self.video_settings
         )
 
+    def _positions(self, media: Media) -> dict[str, Tensor]:
+        """Where the patches stand, which Qwen3-VL's tower would work out on the device, waiting for it."""
+        if self.is_gemma:
+            return {}
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+        tower, grid_thw = self.modules["visual"], torch.tensor([media.grid_thw])
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid_thw,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=tower.spatial_merge_size,
+        )
+        positions = get_vision_position_ids(grid_thw, tower.spatial_merge_size)
+        return {"interp_indices": indices, "interp_weights": weights, "position_ids": positions}
+
     @torch.no_grad()
     def encode(self, media: Media) -> list[ImageSpan]:
         """Runs the vision tower: an ImageSpan for each of its spans, features [1 + d, tokens, D] in `dtype`."""
-        pixels = media.pixel_values.to(self.dtype).to(self.device)
+        inputs = to_device({"pixel_values": media.pixel_values.to(self.dtype)} | self._positions(media), self.device)
+        pixels = inputs.pop("pixel_values")
         if self.is_gemma:
             hidden = self.modules["vision_tower"](pixel_values=pixels).last_hidden_state
             parts, grid = self.modules["multi_modal_projector"](hidden).unsqueeze(1), None
         else:
             merge = self.config.vision_config.spatial_merge_size
             time, rows, columns = media.grid_thw
-            output = self.modules["visual"](pixels, grid_thw=torch.tensor([media.grid_thw], device=self.device))
+            # Lengths of frames stay on the host, which cuts the attention by them.
+            frames = torch.arange(time + 1, dtype=torch.int32) * (rows * columns)
+            grid_thw = torch.tensor([media.grid_thw])
+            output = self.modules["visual"](pixels, grid_thw=grid_thw, cu_seqlens=frames, **inputs)
             features = torch.stack([output.pooler_output, *output.deepstack_features])
             parts, grid = features.unflatten(1, (time, -1)).transpose(0, 1), (rows // merge, columns // merge)
         return [ImageSpan(*span, grid, part) for span, part in zip(media.spans, parts, strict=True)]
