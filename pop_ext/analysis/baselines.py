@@ -28,7 +28,7 @@ def without_layers(model: Model, removed: range | list[int]) -> Model:
         windows=tuple(spec.windows[index] for index in kept),
         rope_index=tuple(spec.rope_index[index] for index in kept),
     )
-    bias, rows = weights.projection_bias, torch.tensor(kept, device=model.device)
+    bias, rows = weights.projection_bias, torch.tensor(kept, dtype=torch.int64, device=model.device)
     variant.weights = replace(
         weights,
         layers=[weights.layers[index] for index in kept],

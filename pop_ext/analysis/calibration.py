@@ -201,7 +201,8 @@ def calibrate(
     for part, moments in zip(split(pairs), (fitted, held_out), strict=True):
         for start in range(0, len(part), count):
             (batch, images), inputs = zip(*part[start : start + count], strict=True), {}
-            counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0].to(model.device)
+            counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0]
+            counted = counted.to(model.device)
             for layer, hidden in enumerate(model.hidden_states(list(batch), list(images))):
                 if layer == spec.num_layers:
                     break

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..checkpoints.calibration import Calibration
 from ..checkpoints.config import load_config
 from ..checkpoints.families import ModelSpec
@@ -22,7 +23,7 @@ from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.tokenizer import load_generation_config, load_tokenizer
 from ..checkpoints.weights import load_weights
 from ..transfer import to_device
-from ..vision.encoder import Vision
+from ..vision.encoder import Vision, vision_bytes
 from ..vision.spans import ImageSpan
 from .checks import check_count, check_image_spans, check_token_lists
 from .device import StageTimes, cache_capacity, check_kernels, resolve_device, weight_bytes
@@ -70,8 +71,11 @@ class PrefillModel:
         if self.device.type == "cpu":
             first, capacity = 0, max_cache_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_CACHE_TOKENS)
         else:  # projections of layers below the depth asked for take memory that a GPU has better uses for
+            ops.load_cuda_kernels(self.device)  # which a capture must not
             first = min(depth, self.spec.num_layers - 1)
             extra = 0 if self.calibration is None else self.calibration.nbytes
+            if self.spec.vision_type:
+                extra += vision_bytes(folder, self.config, self.spec, dtype.itemsize)
             needed = weight_bytes(self.spec, dtype.itemsize, first, extra)
             capacity = cache_capacity(self.spec, dtype.itemsize, self.device, needed, BLOCK_SIZE, max_cache_tokens)
         self.max_cache_tokens = capacity

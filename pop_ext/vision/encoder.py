@@ -229,8 +229,14 @@ def transformers_inputs(config, token_ids: list[int], media: list[Media]) -> dic
     return inputs | {"image_grid_thw": grids, "mm_token_type_ids": kinds}
 
 
-def _load_modules(folder: Path, config, spec: ModelSpec, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """The vision tower, and Gemma-3's projector. Built twice: without memory to check the tensors, then around them."""
+def vision_bytes(folder: Path, config, spec: ModelSpec, itemsize: int) -> int:
+    """Of the weights of the vision tower, with Gemma-3's projector."""
+    modules = _build(folder, config, spec, "meta").values()
+    return sum(value.numel() * itemsize for module in modules for value in module.state_dict().values())
+
+
+def _build(folder: Path, config, spec: ModelSpec, device: str) -> dict[str, torch.nn.Module]:
+    """The vision tower, and Gemma-3's projector, on the CPU or without memory ("meta")."""
     from transformers.initialization import no_init_weights
 
     if spec.vision_type == "gemma3":
@@ -244,16 +250,17 @@ def _load_modules(folder: Path, config, spec: ModelSpec, dtype: torch.dtype) -> 
 
         kinds = {"visual": (Qwen3VLVisionModel, config.vision_config)}
 
-    def build(device: str) -> dict[str, torch.nn.Module]:
+    try:
         with torch.device(device), no_init_weights():
             return {name: kind(part) for name, (kind, part) in kinds.items()}
-
-    try:
-        shapes = build("meta")
     except Exception as error:  # whatever transformers makes of a config
         raise CheckpointError(f"{folder / 'config.json'}: vision_config: {one_line(error)}") from error
-    weights = load_vision_weights(folder, spec, shapes, dtype)
-    modules = build("cpu")
+
+
+def _load_modules(folder: Path, config, spec: ModelSpec, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Built twice: without memory to check the tensors, then around them."""
+    weights = load_vision_weights(folder, spec, _build(folder, config, spec, "meta"), dtype)
+    modules = _build(folder, config, spec, "cpu")
     for name, module in modules.items():
         module.load_state_dict(weights[name], assign=True)
         module.eval().requires_grad_(False)

@@ -7,11 +7,10 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import cuda_operations
-from on_device import DEVICE, device_folder
+from on_device import DEVICE, VISION_SIZES, device_folder, vision_device_folder
 from test_cuda_model import SIZES
 
 from pop_ext.runtime import decoding
-from pop_ext.runtime import device as devices
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,9 +23,8 @@ def double():
         pytest.skip("on a machine with a GPU: POP_TEST_DEVICE=cuda")
     import device_double
 
-    devices.ACCELERATORS.add(device_double.NAME)
-    yield device_double
-    devices.ACCELERATORS.discard(device_double.NAME)
+    with device_double.installed():
+        yield device_double
 
 
 @pytest.fixture
@@ -51,3 +49,8 @@ def small_buckets(monkeypatch):
     """Context buckets from 64 tokens on, and an upload at least every 5 steps."""
     monkeypatch.setattr(decoding, "LEAST_CONTEXT", 64)
     monkeypatch.setattr(decoding, "HORIZON", 5)
+
+
+@pytest.fixture(params=list(VISION_SIZES))
+def vision_folder(request, tmp_path_factory):
+    return vision_device_folder(request.param, tmp_path_factory)

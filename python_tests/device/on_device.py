@@ -7,17 +7,26 @@ is counted by file and line.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import COMMON, TINY, Tiny
 from test_cuda_model import NEAR_TIE, SIZES
+from vision_models import TINY_VISION
 
 import pop_ext
 
 DEVICE = os.environ.get("POP_TEST_DEVICE", "gpudouble")
 on_the_double = pytest.mark.skipif(DEVICE != "gpudouble", reason="counts and refusals are the double's")
 CACHE = 2048  # tokens
+# TINY_VISION's families in sizes that CUDA takes. Qwen3-VL: DeepStack, positions of three axes; Gemma-3: attention in
+# both directions within an image, whole and in crops.
+VISION_SIZES = {
+    "qwen3_vl": dict(intermediate_size=104),
+    "gemma3": dict(hidden_size=96, intermediate_size=112),
+    "gemma3_pan": dict(intermediate_size=96),
+}
 _folders = {}
 
 
@@ -34,6 +43,13 @@ def device_folder(family: str, tmp_path_factory):
         folder = tmp_path_factory.mktemp("device") / family
         _folders[family] = Tiny(tiny.config, tiny.sizes | SIZES[family]).make(folder, seed=7)
     return _folders[family]
+
+
+def vision_device_folder(family: str, tmp_path_factory):
+    if "vision " + family not in _folders:
+        tiny, folder = TINY_VISION[family], tmp_path_factory.mktemp("device") / family
+        _folders["vision " + family] = replace(tiny, text=tiny.text | VISION_SIZES[family]).make(folder, seed=5)
+    return _folders["vision " + family]
 
 
 def draw_prompts(*lengths: int, seed: int = 1) -> list[list[int]]:

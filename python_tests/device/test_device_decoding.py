@@ -25,12 +25,15 @@ def test_a_decode_step_is_one_copy_to_the_host(folder, log):
     prompts = draw_prompts(3, 90, 40)
     log.clear()
     generate(model, prompts, max_new_tokens=12)
-    assert {entry.where.partition(":")[0] for entry in log if entry.kind == "to host"} <= {
-        "runtime/decoding.py", "runtime/sampling.py"}  # fmt: skip
-    loop = [entry for entry in log if not entry.where.startswith("runtime/sampling.py")]  # before prefill: its ids
-    assert sum(e.kind == "to host" for e in loop) == 12
-    assert [e.what for e in loop if e.kind == "wait"] == ["event"] * 13  # and one for the stages' times
-    assert sum(e.kind == "to device" for e in loop) == 2  # prefill, and the state of the decode batch
+    entries = {(kind, what, where.partition(":")[0]): n for (kind, what, where), n in log.table().items()}
+    assert entries == {
+        ("to device", "copy", "transfer.py"): 1,  # prefill
+        ("to device", "copy", "runtime/decoding.py"): 1,  # the state of the decode batch
+        ("to host", "copy", "runtime/decoding.py"): 12,
+        ("wait", "event", "runtime/decoding.py"): 12,
+        ("wait", "event", "runtime/device.py"): 1,  # reading the stages' times
+    }
+    assert len(log.table()) == 5, log.table()  # each at one line
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
@@ -56,7 +59,9 @@ def test_rows_that_end_early(folder, small_buckets):
     prompts = draw_prompts(30, 61, 7)
     whole = generate(ours, prompts, max_new_tokens=12).tokens
     ends = whole[1][4]
-    output = generate(ours, prompts, max_new_tokens=12, eos_token_id=ends, pad_token_id=0, keep=True)
+    stopped = dict(max_new_tokens=12, eos_token_id=ends, pad_token_id=0)
+    output = generate(ours, prompts, **stopped, keep=True)
+    assert output.tokens == generate(ours, prompts, graphs=False, **stopped).tokens
     for tokens, all_of_them in zip(output.tokens, whole, strict=True):
         length = all_of_them.index(ends) + 1 if ends in all_of_them else 12
         assert tokens == all_of_them[:length]
@@ -87,6 +92,21 @@ def test_a_cache_without_room_for_the_step_too_many(llama):
     assert len(ours.cache.free_blocks) == 1
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_one_step_too_many(llama, monkeypatch, graphs):
+    """At a stop that the host reads a step late; its token is dropped. None where the length ends the row."""
+    model = pop_ext.load(llama, device=DEVICE, prefill_depth=3, max_cache_tokens=CACHE)
+    prompts, steps = draw_prompts(20), []
+    run = decoding.Step.run
+    monkeypatch.setattr(decoding.Step, "run", lambda step: (steps.append(step), run(step)))
+    whole = generate(model, prompts, graphs=graphs, max_new_tokens=9).tokens[0]
+    assert len(whole) == 9 and len(steps) == 8  # the first token is prefill's
+    end = next(i for i in range(2, 8) if whole[i] not in whole[:i])
+    steps.clear()
+    tokens = generate(model, prompts, graphs=graphs, max_new_tokens=9, eos_token_id=whole[end], pad_token_id=0).tokens
+    assert tokens[0] == whole[: end + 1] and len(steps) == end + 1
+
+
 @on_the_double
 def test_a_wait_in_the_loop_is_seen(llama, log, monkeypatch):
     """Planted: an .item() beside each step."""
@@ -113,6 +133,18 @@ def test_a_stale_slot_in_a_replay_is_seen(llama, monkeypatch):
 
     monkeypatch.setattr(decoding.Step, "run", stale)
     assert generate(model, prompts, return_logprobs=True).logprobs != eager.logprobs
+
+
+@on_the_double
+def test_kernels_are_loaded_before_a_capture(llama, double, monkeypatch):
+    """All of them, when the model is; without that a capture raises."""
+    monkeypatch.setattr(double, "kernels_loaded", 0)
+    model = pop_ext.load(llama, device=DEVICE, prefill_depth=3, max_cache_tokens=CACHE)
+    assert double.kernels_loaded > 64
+    generate(model, draw_prompts(20))
+    monkeypatch.setattr(double, "kernels_loaded", 0)
+    with pytest.raises(RuntimeError, match=r"a capture at runtime/decoding.py:\d+ before ops.load_cuda_kernels"):
+        generate(model, draw_prompts(20))
 
 
 @on_the_double

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, Tiny
 from on_device import DEVICE, on_the_double
 
 import pop_ext
@@ -56,10 +56,11 @@ def test_a_gpu_that_cannot_be_used(monkeypatch, llama, version, count, capabilit
         pop_ext.load(llama, device="cuda:2" if count == 2 else "cuda:0")
 
 
-@pytest.mark.parametrize("family, size", [("mistral", 80), ("qwen2", 96)])
-def test_head_sizes_without_kernels(tmp_path, monkeypatch, family, size):
+@pytest.mark.parametrize("size", [80, 96, 112])
+def test_head_sizes_without_kernels(tmp_path, monkeypatch, size):
     """Refused before weights are read."""
-    folder = TINY[family].make(tmp_path / family, seed=3)
+    sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=size)
+    folder = Tiny(TINY["mistral"].config, TINY["mistral"].sizes | sizes).make(tmp_path / "model", seed=3)
     monkeypatch.setattr("pop_ext.runtime.model.load_weights", None)
     with pytest.raises(ValueError, match=f"the model's head size is {size}, expected 32, 64, 128 or 256 on "):
         pop_ext.load(folder, device=DEVICE)
@@ -83,3 +84,21 @@ def test_memory(llama, double, monkeypatch):
     monkeypatch.setattr(type(double.module), "free_memory", needed // 2)
     with pytest.raises(pop_ext.DeviceMemoryError, match=rf"but {needed / 2 / gib:.2f} GiB are free"):
         pop_ext.load(llama, device=DEVICE, prefill_depth=4)
+
+
+@on_the_double
+def test_memory_of_a_vision_tower(vision_folder, double, monkeypatch):
+    """It counts as weights, before they are read."""
+    model = pop_ext.load(vision_folder, device=DEVICE, max_cache_tokens=64)
+    tower = sum(p.numel() * 2 for module in model.vision.modules.values() for p in module.parameters())
+    assert tower > 10_000
+    needed = devices.weight_bytes(model.spec, 2, model.spec.num_layers - 1, tower)
+    monkeypatch.setattr(type(double.module), "free_memory", needed)
+    monkeypatch.setattr("pop_ext.runtime.model.load_weights", None)
+    with pytest.raises(pop_ext.DeviceMemoryError, match=rf"\({needed / 2**30:.2f} GiB of weights"):
+        pop_ext.load(vision_folder, device=DEVICE, max_cache_tokens=64)
+    seen = []
+    monkeypatch.setattr("pop_ext.runtime.model.cache_capacity", lambda *args: seen.append(args[3]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pop_ext.load(vision_folder, device=DEVICE, max_cache_tokens=64)
+    assert seen == [needed]

@@ -22,6 +22,7 @@ SAMPLED = [
     dict(do_sample=False, repetition_penalty=1.5),
     dict(min_new_tokens=3, eos_token_id=5, pad_token_id=0),  # a processor that only transformers has
     dict(no_repeat_ngram_size=2, do_sample=False),
+    dict(encoder_repetition_penalty=1.5, do_sample=False),
 ]
 
 

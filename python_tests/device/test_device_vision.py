@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers import normwise
 from on_device import CACHE, DEVICE, assert_same_tokens, bound, generate, load_both, on_the_double
-from vision_models import TINY_VISION, picture
+from vision_models import picture
 
 import pop_ext
 
-# TINY_VISION's families in sizes that CUDA takes. Qwen3-VL: DeepStack, positions of three axes; Gemma-3: attention in
-# both directions within an image, whole and in crops.
-SIZES = {
-    "qwen3_vl": dict(intermediate_size=104),
-    "gemma3": dict(hidden_size=96, intermediate_size=112),
-    "gemma3_pan": dict(intermediate_size=96),
-}
 TEXTS = ["what is in here, an apple or a pear?", "the the an", "and the answer is"]
 IMAGES = [[picture(40, 30)], [picture(33, 64), picture(50, 20)], None]
-_folders = {}
-
-
-@pytest.fixture(params=list(SIZES))
-def folder(request, tmp_path_factory):
-    name = request.param
-    if name not in _folders:
-        tiny = TINY_VISION[name]
-        path = tmp_path_factory.mktemp("device") / name
-        _folders[name] = replace(tiny, text=tiny.text | SIZES[name]).make(path, seed=5)
-    return _folders[name]
 
 
 def encode(model, text, images, history=()):
@@ -50,16 +30,16 @@ def assert_same_continuations(cpu, tokens, texts, images):
 
 
 @pytest.mark.parametrize("depth", [3, 1.0])
-def test_the_cpus_tokens(folder, depth):
-    cpu, ours = load_both(folder, prefill_depth=depth)
+def test_the_cpus_tokens(vision_folder, depth):
+    cpu, ours = load_both(vision_folder, prefill_depth=depth)
     output = generate(ours, TEXTS, images=IMAGES)
     assert assert_same_continuations(cpu, output.tokens, TEXTS, IMAGES) > 12
     assert generate(ours, TEXTS, graphs=False, images=IMAGES).tokens == output.tokens
 
 
-def test_chunks_and_turns(folder):
+def test_chunks_and_turns(vision_folder):
     """An image in a second turn, and prompts cut into passes, some within an image."""
-    cpu, ours = load_both(folder, prefill_depth=3, boundary_tokens=2)
+    cpu, ours = load_both(vision_folder, prefill_depth=3, boundary_tokens=2)
     results = []
     for model in (cpu, ours):
         model.chunk_tokens = 23
@@ -73,9 +53,9 @@ def test_chunks_and_turns(folder):
 
 
 @on_the_double
-def test_copies_and_waits(folder, log):
+def test_copies_and_waits(vision_folder, log):
     """Every one there is, with its file; a picture is a copy, so is a pass, and so is the state of the decode batch."""
-    model = pop_ext.load(folder, device=DEVICE, prefill_depth=3, max_cache_tokens=CACHE)
+    model = pop_ext.load(vision_folder, device=DEVICE, prefill_depth=3, max_cache_tokens=CACHE)
     log.clear()
     generate(model, TEXTS, images=IMAGES, max_new_tokens=6)
     entries = {(kind, what, where.partition(":")[0]): n for (kind, what, where), n in log.table().items()}
