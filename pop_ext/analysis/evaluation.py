@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..runtime.device import synchronize
 from ..runtime.generation import Model
 from ..vision.spans import ImageSpan
 from .baselines import SpeedBaseline, layer_similarity, without_layers
@@ -100,7 +101,7 @@ def evaluate(
     # whether every token of the continuation is the likeliest
     scores = np.zeros((len(runs), len(prompts), 5))
     for i, (prompt, continuation, images) in enumerate(zip(prompts, continuations, visuals, strict=True)):
-        target, full = torch.tensor(continuation), None
+        target, full = torch.tensor(continuation, device=model.device), None
         for run, (_, _, variant, depth) in enumerate(runs):
             depth = min(depth, variant.spec.num_layers)
             (logits,) = variant.logits([prompt], [continuation], visuals=[images], prefill_depth=depth)
@@ -158,6 +159,7 @@ def time_prefill(model: Model, prompt: list[int], images: list[ImageSpan], depth
     try:
         start = time.perf_counter()
         model.prefill([sequence], [prompt], visuals=[images], prefill_depth=depth)
+        synchronize(model.device)
         return time.perf_counter() - start
     finally:
         model.free(sequence)

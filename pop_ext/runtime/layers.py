@@ -10,13 +10,14 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..checkpoints.calibration import Calibration
 from ..checkpoints.config import load_config
 from ..checkpoints.families import ModelSpec
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.tokenizer import load_generation_config, load_tokenizer
 from ..checkpoints.weights import load_weights
-from ..vision.encoder import Vision
+from ..vision.encoder import Vision, vision_bytes
 from .checks import check_count
 from .device import cache_capacity, check_kernels, resolve_device, weight_bytes
 from .forward_batch import ForwardBatch
@@ -73,8 +74,11 @@ class Layers:
         if self.device.type == "cpu":
             first, capacity = 0, max_cache_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_CACHE_TOKENS)
         else:  # projections of layers below the depth asked for take memory that a GPU has better uses for
+            ops.load_cuda_kernels(self.device)  # which a capture must not
             first = min(depth, self.spec.num_layers - 1)
             extra = 0 if self.calibration is None else self.calibration.nbytes
+            if self.spec.vision_type:
+                extra += vision_bytes(folder, self.config, self.spec, dtype.itemsize)
             needed = weight_bytes(self.spec, dtype.itemsize, first, extra)
             capacity = cache_capacity(self.spec, dtype.itemsize, self.device, needed, BLOCK_SIZE, max_cache_tokens)
         self.max_cache_tokens = capacity

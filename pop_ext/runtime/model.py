@@ -14,9 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..transfer import to_device
 from ..vision.spans import ImageSpan
 from .checks import check_image_spans, check_token_lists
-from .device import StageTimes, to_device
+from .device import StageTimes
 from .finite import NonFiniteError, check_logits, explained
 from .forward_batch import SequenceChunk, forward_passes
 from .kv_cache import Sequence, prefix_keys

@@ -157,17 +157,16 @@ class TransformersRules(cast(Any, transformers.GenerationMixin)):
                 f"max_length={config.max_length} leaves nothing to generate: the conversation with its new prompt has "
                 f"{length} tokens already (the model's context is {self.context}; max_new_tokens counts new ones only)"
             )
-        ids = torch.tensor([token_ids], dtype=torch.int64, device=self.device)
+        ids = torch.tensor([token_ids], dtype=torch.int64)
         processors = self._get_logits_processor(
             config,
             input_ids_seq_length=length,
-            encoder_input_ids=ids,
+            encoder_input_ids=ids if self.settings.encoder_repetition_penalty in (None, 1) else ids.to(self.device),
             logits_processor=self.logits_processor,
             device=self.device,
         )
-        return Row(
-            sequence, config.max_length - length, processors, generator, ids if processors or self.criteria else None
-        )
+        looked_at = ids.to(self.device, non_blocking=True) if processors or self.criteria else None
+        return Row(sequence, config.max_length - length, processors, generator, looked_at)
 
     def choose(self, rows: list[Row], logits: torch.Tensor, return_logprobs: bool) -> list[int]:
         """The next token of every row from logits [rows, vocabulary] float32; appends it to the rows."""
