@@ -22,6 +22,7 @@ from .checks import check_count
 from .device import cache_capacity, check_kernels, resolve_device, weight_bytes
 from .forward_batch import ForwardBatch
 from .kv_cache import BLOCK_SIZE, KVCache, Sequence
+from .prefill_depth import resolve_depth
 from .rope import RotaryEmbedding
 
 pop = torch.ops.pop
@@ -103,15 +104,8 @@ class Layers:
         """The prefill depth P in layers: of an int itself, of a float the nearest share of all layers; None is the
         model's own.
         """
-        depth, layers = self.prefill_depth if prefill_depth is None else prefill_depth, self.spec.num_layers
-        if isinstance(depth, bool) or not isinstance(depth, int | float):
-            raise TypeError(f"prefill_depth is {depth!r}, expected layers (int) or a share of them (float)")
-        if isinstance(depth, float):
-            if not 0 < depth <= 1:
-                raise ValueError(f"prefill_depth is {depth}, expected a share of the layers in (0, 1]")
-            depth = max(1, int(depth * layers + 0.5))
-        if not 1 <= depth <= layers:
-            raise ValueError(f"prefill_depth is {depth}, expected 1 to {layers} layers (or a float, a share of them)")
+        layers = self.spec.num_layers
+        depth = resolve_depth(self.prefill_depth if prefill_depth is None else prefill_depth, layers)
         if self.calibration is not None and depth < layers - 1:  # at the last layer's input nothing needs projecting
             self.calibration.at(depth)
         return depth
