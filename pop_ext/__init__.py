@@ -27,12 +27,13 @@ _PUBLIC = {
     "measure_importance": "analysis.workflows",
     "set_cpu_isa": "ops",
     "suggest_depth": "analysis.workflows",
+    "tune": "analysis.workflows",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from .analysis.workflows import calibrate, evaluate, measure_importance, suggest_depth
+    from .analysis.workflows import calibrate, evaluate, measure_importance, suggest_depth, tune
     from .checkpoints.calibration import Calibration, CalibrationError
     from .checkpoints.files import CheckpointError
     from .ops import build_info, cpu_isa, cpu_isas, set_cpu_isa

@@ -9,19 +9,24 @@ from typing import Annotated
 import typer
 
 from ..runtime.prefill_depth import parse_depth
-from .common import DType, app, load_model, one_line_errors, stderr
+from .common import FILE, Calibration, Device, DType, app, load_model, one_line_errors, stderr
 
 
-def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give the prompt either with --prompt TEXT or with --prompt-file FILE (- is standard input)")
+    if prompt == "":
+        raise ValueError("--prompt is empty: a prompt has at least one token")
     if prompt is not None:
         return prompt
     from pop_ext.checkpoints.files import decoded_utf8
 
-    data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
+    data = sys.stdin.buffer.read() if str(prompt_file) == "-" else Path(prompt_file).read_bytes()
     # An editor's newline at the end of the file is no part of the prompt.
-    return decoded_utf8(data, f"--prompt-file {prompt_file}").removesuffix("\n").removesuffix("\r")
+    text = decoded_utf8(data, f"--prompt-file {prompt_file}").removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise ValueError(f"--prompt-file {prompt_file} is empty: a prompt has at least one token")
+    return text
 
 
 def sampling_settings(temperature: float | None, top_p: float | None, top_k: int | None) -> dict:
@@ -49,7 +54,9 @@ def describe_times(times, prompt_tokens: int) -> str:
 def generate(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")],
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
-    prompt_file: Annotated[str | None, typer.Option(help="File with the prompt; - is standard input.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File with the prompt; - is standard input.", allow_dash=True, **FILE)
+    ] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="An image that the prompt is about; may be given several times.")
     ] = None,
@@ -81,7 +88,8 @@ def generate(
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
     max_cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache may hold.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="File of `pop calibrate` with this depth.")] = None,
+    calibration: Calibration = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto: a GPU where there is one.")] = Device.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
     """Answer or continue a prompt.
@@ -106,6 +114,7 @@ def generate(
         anchor_tokens=anchor_tokens,
         max_cache_tokens=max_cache_tokens,
         calibration=calibration,
+        device=device.value,
     )
     import transformers
 
