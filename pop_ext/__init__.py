@@ -55,7 +55,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({name for name in globals() if name.startswith("__")}.union(__all__))
 
 
 class _RegisterWithTorch(MetaPathFinder):

@@ -1,5 +1,7 @@
 """What the commands share: options, errors, progress, loading."""
 
+import functools
+import inspect
 import io
 import os
 import re
@@ -11,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -67,16 +68,34 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-@contextmanager
 def one_line_errors():
-    """What goes wrong in a command is one line on stderr and exit status 1; POP_TRACEBACK=1 shows where it happened.
-    Warnings are a line, too.
+    """A command's decorator: what goes wrong is one line on stderr and exit status 1, and POP_TRACEBACK=1 shows where
+    it happened; warnings are a line, too. Messages have options as they are typed.
     """
-    show = warnings.showwarning
+
+    def decorate(command):
+        names = [name for name in inspect.signature(command).parameters if name != "as_json"]
+
+        @functools.wraps(command)
+        def run(*arguments, **options):
+            with warnings.catch_warnings(), _errors_in_lines(names):
+                return command(*arguments, **options)
+
+        return run
+
+    return decorate
+
+
+@contextmanager
+def _errors_in_lines(names: list[str]):
+    def show_warning(message, category, *_, **__) -> None:
+        if issubclass(category, UserWarning):
+            stderr.print(f"pop: {with_options(one_line(message), names)}", markup=False)
+
+    warnings.showwarning = show_warning
     try:
-        warnings.showwarning = _show_warning
         yield
-    except (typer.Exit, typer.Abort, click.ClickException, BrokenPipeError):
+    except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -84,29 +103,21 @@ def one_line_errors():
         if os.environ.get("POP_TRACEBACK"):
             raise
         kind = "" if isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) else f"{type(error).__name__}: "
-        message = " ".join(str(error).split()) or type(error).__name__
-        stderr.print(f"pop: {kind}{with_options(message)}", markup=False)
+        stderr.print(f"pop: {kind}{with_options(one_line(error), names)}", markup=False)
         raise typer.Exit(1) from None
-    finally:
-        warnings.showwarning = show
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    if issubclass(category, UserWarning):
-        stderr.print(f"pop: {with_options(' '.join(str(message).split()))}", markup=False)
+def one_line(message: object) -> str:
+    return " ".join(str(message).split()) or type(message).__name__
 
 
-def with_options(message: str) -> str:
-    """A message with the command's options as they are typed, in place of the arguments' names in Python."""
-    context = click.get_current_context(silent=True)
-    for parameter in context.command.params if context else []:
-        if isinstance(parameter, click.Option) and parameter.name:
-            option = next((name for name in parameter.opts if name.startswith("--")), None)
-            if option is not None and "_" in parameter.name:
-                # a word of its own, and no part of a path
-                message = re.sub(rf"(?<![\w./-]){parameter.name}(?![\w/]|\.\w)", option, message)
-            elif option is not None:
-                message = re.sub(rf"^{parameter.name}(?= (is|has) )", option, message)
+def with_options(message: str, names: list[str]) -> str:
+    """A message with options as they are typed, in place of the names that they have in Python."""
+    for name in names:
+        option = f"--{name.replace('_', '-')}"
+        # a word that can only be the argument, and is no part of a path; or what the message is about
+        pattern = rf"(?<![\w./-]){name}(?![\w/]|\.\w)" if "_" in name else rf"^{name}(?= (is|has) )"
+        message = re.sub(pattern, option, message)
     return message
 
 

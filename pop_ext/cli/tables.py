@@ -94,3 +94,8 @@ def print_sentences(*sentences: str) -> None:
     console = output_console()
     for sentence in sentences:
         console.print(sentence, markup=False, soft_wrap=not console.is_terminal)
+
+
+def print_command(command: str) -> None:
+    """On one line however narrow the terminal, so that it can be copied."""
+    output_console().print(f"\n  {command}", markup=False, soft_wrap=True)

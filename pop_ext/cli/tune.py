@@ -107,17 +107,12 @@ def tune(
 
 
 def show(result, model: str, output: Path) -> None:
-    from .tables import INTERVAL, KL, SPEEDUP, TOP1, print_legend, print_sentences, print_tuning
+    from .tables import INTERVAL, KL, SPEEDUP, TOP1, print_command, print_legend, print_sentences, print_tuning
 
     print_tuning(result, f"{Path(model).name}: {result.prompts} held-out prompts of {result.prompt_tokens} tokens")
     print_legend("", KL, TOP1, SPEEDUP, INTERVAL, "")
-    next_command = f"pop generate {shlex.quote(model)} --calibration {shlex.quote(str(output))}"
+    command = f"pop generate {shlex.quote(model)} --calibration {shlex.quote(str(output))}"
     if result.recommended is None:
-        next_command += f" --prefill-depth {result.calibration.depths[-1]}"
-    print_sentences(
-        *result.sentences(),
-        "",
-        f"{output} holds the calibrated projections. Next:",
-        "",
-        f"  {next_command} --prompt 'Your prompt'",
-    )
+        command += f" --prefill-depth {result.calibration.depths[-1]}"
+    print_sentences(*result.sentences(), "", f"{output} holds the calibrated projections. Next:")
+    print_command(f"{command} --prompt 'What is prefill?'")

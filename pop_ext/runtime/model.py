@@ -90,6 +90,15 @@ class PrefillModel:
             self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, capacity, dtype, self.device
         )
 
+    def __repr__(self) -> str:
+        depth, layers = self.prefill_depth, self.spec.num_layers
+        if isinstance(depth, float):
+            depth = max(1, int(depth * layers + 0.5))
+        held = "own projections" if self.calibration is None else repr(self.calibration)
+        dtype = str(self.dtype).removeprefix("torch.")
+        name = f"{type(self).__name__} {self.folder.name}: {self.spec.model_type}, {dtype} on {self.device}"
+        return f"<{name}, prefill depth {depth} of {layers} layers, {held}>"
+
     # Conversations
 
     def new_sequence(self) -> Sequence:
