@@ -39,7 +39,7 @@ ELSEWHERE = {
     "pop generate MODEL --video": "test_vision.py",
     "pop calibrate MODEL --samples": "test_vision.py",
     "pop convert": "test_gguf.py",
-    "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibration.py",
+    "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibrate_command.py",
 }
 NO_CODE = ("@article", "{", "     ")  # a citation, a line of data, the diagram
 

@@ -22,6 +22,7 @@ from .finite import NonFiniteError, check_logits, explained
 from .forward_batch import SequenceChunk, forward_passes
 from .kv_cache import Sequence, prefix_keys
 from .layers import Layers, in_turn
+from .prefill_depth import resolve_depth
 
 
 class PrefillModel(Layers):
@@ -32,6 +33,14 @@ class PrefillModel(Layers):
     tokens of one forward pass, and with it the memory of activations (results do not depend on it). Calls from several
     threads take turns.
     """
+
+    def __repr__(self) -> str:
+        layers = self.spec.num_layers
+        depth = resolve_depth(self.prefill_depth, layers)
+        held = "own projections" if self.calibration is None else repr(self.calibration)
+        dtype = str(self.dtype).removeprefix("torch.")
+        name = f"{type(self).__name__} {self.folder.name}: {self.spec.model_type}, {dtype} on {self.device}"
+        return f"<{name}, prefill depth {depth} of {layers} layers, {held}>"
 
     # Conversations
 

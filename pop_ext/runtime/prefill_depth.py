@@ -34,5 +34,7 @@ def layers_of(text: str, layers: int) -> int:
     if isinstance(depth, float) and 0 < depth <= 1:
         depth = max(1, int(depth * layers + 0.5))
     if depth not in range(1, layers):
-        raise ValueError(f"prefill_depth is {text}, expected 1 to {layers - 1} layers, or their share")
+        raise ValueError(
+            f"prefill_depth is {text}, expected 1 to {layers - 1} of the model's {layers} layers, or their share"
+        )
     return depth

@@ -94,7 +94,8 @@ def test_an_index_left_on_the_cpu_raises(llama, monkeypatch):
         return upload(tensors, device) | {"deep": tensors["deep"]}
 
     monkeypatch.setattr("pop_ext.runtime.model.to_device", leaves_one)
-    with pytest.raises(RuntimeError, match=r"index.* at runtime/(model|layers).py:\d+ mixes devices: .*torch.int64 on cpu"):
+    message = r"index.* at runtime/(model|layers)\.py:\d+ mixes devices: .*torch.int64 on cpu"
+    with pytest.raises(RuntimeError, match=message):
         model.prefill([model.new_sequence()], draw_prompts(40))
 
 

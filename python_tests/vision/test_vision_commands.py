@@ -77,10 +77,11 @@ def samples(pair, tmp_path) -> Path:
 
 def test_gates_are_the_runner(pair, samples):
     """Closing all prefill gates from P up in transformers' model is POP with own weights, on images too."""
-    prompts, continuations, media = load_samples(samples, pair.model)
-    windows = [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=True)]
+    loaded = load_samples(samples, pair.model)
+    prompts, continuations, media, windows = loaded.prompts, loaded.continuations, loaded.media, loaded.windows
     inputs = [transformers_inputs(pair.peer.config, *both) for both in zip(windows, media, strict=True)]
-    visuals = [[visual for item in pictures for visual in pair.model.vision.encode(item)] for pictures in media]
+    loaded.encode_images(pair.model)
+    visuals = loaded.visuals
     depth = max(pair.deepstack, 2)
     kl = truncation_kl(pair.peer, windows, [len(prompt) for prompt in prompts], depth, images=inputs)
     full, cut = (
@@ -131,8 +132,8 @@ def test_refinement_is_refused(pair, samples, tmp_path):
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
-        ('{"images": "a.png", "prompt": "a", "continuation": "b"}', "line 1: .* expected an object with images"),
-        ('{"images": [], "prompt": "a"}', "expected an object with images"),
+        ('{"images": "a.png", "prompt": "a", "continuation": "b"}', "line 1: images is .*, expected a list"),
+        ('{"images": [], "prompt": "a"}', "expected an object with messages, or with prompt and continuation"),
         ('{"images": [], "prompt": "a", "continuation": ""}', "line 1: the continuation is empty"),
         ('{"images": ["none.png"], "prompt": "a", "continuation": "b"}', "line 1, image 0: .*none.png: no such file"),
         ("", "no samples"),
