@@ -40,7 +40,7 @@ ELSEWHERE = {
     "pop calibrate MODEL --samples": "test_vision.py",
     "pop chat": "test_bench_and_chat.py, on a terminal",
     "pop convert": "test_gguf.py",
-    "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibration.py",
+    "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibrate_command.py",
 }
 NO_CODE = ("@article", "{", "     ")  # a citation, a line of data, the diagram
 

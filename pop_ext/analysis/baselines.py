@@ -28,17 +28,19 @@ def without_layers(model: Model, removed: range | list[int]) -> Model:
         windows=tuple(spec.windows[index] for index in kept),
         rope_index=tuple(spec.rope_index[index] for index in kept),
     )
-    bias = weights.projection_bias
+    bias, rows = weights.projection_bias, torch.tensor(kept, dtype=torch.int64, device=model.device)
     variant.weights = replace(
         weights,
         layers=[weights.layers[index] for index in kept],
-        projection=weights.projection[kept],
-        projection_bias=None if bias is None else bias[kept],
+        projection=weights.projections_from(0)[rows],
+        projection_bias=None if bias is None else bias[rows],
     )
-    variant.rope_index = model.rope_index[kept]
-    variant.k_norms = None if model.k_norms is None else model.k_norms[kept]
+    variant.rope_index = model.rope_index[rows]
+    variant.k_norms = None if model.k_norms is None else model.k_norms[rows]
     variant.calibration, variant.prefill_depth, variant.decode_buffers = None, 1.0, {}
-    variant.cache = KVCache(len(kept), spec.num_kv_heads, spec.head_dim, model.max_cache_tokens, model.dtype)
+    variant.cache = KVCache(
+        len(kept), spec.num_kv_heads, spec.head_dim, model.max_cache_tokens, model.dtype, model.device
+    )
     return variant
 
 
@@ -51,7 +53,7 @@ class SpeedBaseline(Model):
         self.__dict__.update(vars(model), calibration=None, decode_buffers={}, prefix_cache=False)
         self._depth = model.spec.num_layers
         # of each slot of the cache: whether the layers from _depth up do not see its token
-        self._hidden = torch.zeros(model.cache.num_blocks * BLOCK_SIZE, dtype=torch.bool)
+        self._hidden = torch.zeros(model.cache.num_blocks * BLOCK_SIZE, dtype=torch.bool, device=model.device)
 
     def project(self, depth: int, hidden: Tensor, before, batch: ForwardBatch, slot_mapping: Tensor, previous) -> None:
         self._depth = depth
@@ -65,10 +67,10 @@ class SpeedBaseline(Model):
         window, results = self.spec.windows[index], []
         for run, rows in enumerate(query.split(batch.cu_seqlens_q.diff().tolist())):
             end = int(batch.seqlens_k[run])
-            tokens = torch.arange(end)
+            tokens = torch.arange(end, device=query.device)
             slot_mapping = batch.block_tables[run, tokens // BLOCK_SIZE].long() * BLOCK_SIZE + tokens % BLOCK_SIZE
             seen = tokens[~self._hidden[slot_mapping]]
-            distance = torch.arange(end - len(rows), end)[:, None] - seen
+            distance = torch.arange(end - len(rows), end, device=query.device)[:, None] - seen
             mask = (distance >= 0) & (distance < (window or math.inf))
             result = scaled_dot_product_attention(
                 *(x.transpose(0, 1)[None] for x in (rows, keys[slot_mapping[seen]], values[slot_mapping[seen]])),

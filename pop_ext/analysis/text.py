@@ -43,7 +43,11 @@ def windows(tokenizer, text: str, length: int, count: int | None = None, name: s
 
     ValueError if the text is too short for them.
     """
-    bos, tokens = encode(tokenizer, text)
+    return cut(*encode(tokenizer, text), length, count, name)
+
+
+def cut(bos: list[int], tokens: list[int], length: int, count: int | None, name: str = "the text") -> list[list[int]]:
+    """`windows` of `tokens`, each with `bos` in front."""
     step = length - len(bos)
     if step < 1:
         raise ValueError(f"windows of {length} tokens leave no room for text, expected at least {len(bos) + 1}")

@@ -1,14 +1,13 @@
 """`pop chat`."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..runtime.prefill_depth import parse_depth
-from .common import DType, Model, app, load_model, one_line_errors, stderr
-from .generate import sampling_settings
+from .common import Calibration, DType, Model, app, load_model, one_line_errors, stderr
+from .generate import describe_depth, sampling_settings
 
 
 def read_line() -> str | None:
@@ -24,8 +23,7 @@ def read_line() -> str | None:
 
 def describe(model, times) -> str:
     """The depth and the times of one answer."""
-    depth, layers = model.resolve_prefill_depth(), model.spec.num_layers
-    line = f"{depth} of {layers} layers, first token after {times.time_to_first_token:.2f} s"
+    line = f"{describe_depth(model)}; first token after {times.time_to_first_token:.2f} s"
     rate = times.decode_tokens_per_second
     return line if rate is None else f"{line}, then {rate:.1f} tokens a second"
 
@@ -35,9 +33,12 @@ def describe(model, times) -> str:
 def chat(
     model: Model,
     prefill_depth: Annotated[
-        str | None, typer.Option(help="Layers that prompts run through (12), or their share (0.7).")
+        str | None,
+        typer.Option(
+            help="Layers that prompts run through (12), or their share (0.7).  [default: the calibration's, else 1.0]"
+        ),
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="File of `pop calibrate` with this depth.")] = None,
+    calibration: Calibration = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,

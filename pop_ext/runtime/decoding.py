@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .device import Packing
+from ..transfer import Packing
 from .forward_batch import ForwardBatch
 from .kv_cache import BLOCK_SIZE, CacheFullError, Sequence
 

@@ -70,6 +70,16 @@ class GenerationOutput:
     times: GenerationTimes
     sequences: list | None
 
+    def __repr__(self) -> str:
+        shown = self.tokens if self.text is None else self.text
+        first = f"{len(self.tokens)} answers" if len(shown) > 1 else f"{shown[0]!r:.200}"
+        counts = ", ".join(f"{asked} + {len(new)}" for asked, new in zip(self.prompt_tokens, self.tokens, strict=True))
+        kept = "" if self.sequences is None else ", conversations kept"
+        return (
+            f"<GenerationOutput {first}; prompt + new tokens {counts:.100}; first token after "
+            f"{self.times.time_to_first_token:.3f} s{kept}>"
+        )
+
 
 def ends_stream(method: Callable[P, R]) -> Callable[P, R]:
     """A method whose `streamer` is ended also when something failed: a reader in another thread waits for the end."""

@@ -10,17 +10,19 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..checkpoints.calibration import Calibration
 from ..checkpoints.config import load_config
 from ..checkpoints.families import ModelSpec
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.tokenizer import load_generation_config, load_tokenizer
 from ..checkpoints.weights import load_weights
-from ..vision.encoder import Vision
+from ..vision.encoder import Vision, vision_bytes
 from .checks import check_count
 from .device import cache_capacity, check_kernels, resolve_device, weight_bytes
 from .forward_batch import ForwardBatch
 from .kv_cache import BLOCK_SIZE, KVCache, Sequence
+from .prefill_depth import resolve_depth
 from .rope import RotaryEmbedding
 
 pop = torch.ops.pop
@@ -73,8 +75,11 @@ class Layers:
         if self.device.type == "cpu":
             first, capacity = 0, max_cache_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_CACHE_TOKENS)
         else:  # projections of layers below the depth asked for take memory that a GPU has better uses for
+            ops.load_cuda_kernels(self.device)  # which a capture must not
             first = min(depth, self.spec.num_layers - 1)
             extra = 0 if self.calibration is None else self.calibration.nbytes
+            if self.spec.vision_type:
+                extra += vision_bytes(folder, self.config, self.spec, dtype.itemsize)
             needed = weight_bytes(self.spec, dtype.itemsize, first, extra)
             capacity = cache_capacity(self.spec, dtype.itemsize, self.device, needed, BLOCK_SIZE, max_cache_tokens)
         self.max_cache_tokens = capacity
@@ -99,15 +104,8 @@ class Layers:
         """The prefill depth P in layers: of an int itself, of a float the nearest share of all layers; None is the
         model's own.
         """
-        depth, layers = self.prefill_depth if prefill_depth is None else prefill_depth, self.spec.num_layers
-        if isinstance(depth, bool) or not isinstance(depth, int | float):
-            raise TypeError(f"prefill_depth is {depth!r}, expected layers (int) or a share of them (float)")
-        if isinstance(depth, float):
-            if not 0 < depth <= 1:
-                raise ValueError(f"prefill_depth is {depth}, expected a share of the layers in (0, 1]")
-            depth = max(1, int(depth * layers + 0.5))
-        if not 1 <= depth <= layers:
-            raise ValueError(f"prefill_depth is {depth}, expected 1 to {layers} layers (or a float, a share of them)")
+        layers = self.spec.num_layers
+        depth = resolve_depth(self.prefill_depth if prefill_depth is None else prefill_depth, layers)
         if self.calibration is not None and depth < layers - 1:  # at the last layer's input nothing needs projecting
             self.calibration.at(depth)
         return depth

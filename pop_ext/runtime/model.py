@@ -14,13 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..transfer import to_device
 from ..vision.spans import ImageSpan
 from .checks import check_image_spans, check_token_lists
-from .device import StageTimes, to_device
+from .device import StageTimes
 from .finite import NonFiniteError, check_logits, explained
 from .forward_batch import SequenceChunk, forward_passes
 from .kv_cache import Sequence, prefix_keys
 from .layers import Layers, in_turn
+from .prefill_depth import resolve_depth
 
 
 class PrefillModel(Layers):
@@ -31,6 +33,14 @@ class PrefillModel(Layers):
     tokens of one forward pass, and with it the memory of activations (results do not depend on it). Calls from several
     threads take turns.
     """
+
+    def __repr__(self) -> str:
+        layers = self.spec.num_layers
+        depth = resolve_depth(self.prefill_depth, layers)
+        held = "own projections" if self.calibration is None else repr(self.calibration)
+        dtype = str(self.dtype).removeprefix("torch.")
+        name = f"{type(self).__name__} {self.folder.name}: {self.spec.model_type}, {dtype} on {self.device}"
+        return f"<{name}, prefill depth {depth} of {layers} layers, {held}>"
 
     # Conversations
 

@@ -31,7 +31,7 @@ def encode_prompt(model, prompt, name: str, history: list[int], images=(), video
             "video": [model.vision.process_video(video, f"{name}, video {i}") for i, video in enumerate(videos)],
         }
     if is_text or is_chat:
-        text = _render_chat(model.tokenizer, prompt, name, continues=bool(history)) if is_chat else prompt
+        text = render_chat(model.tokenizer, prompt, name, continues=bool(history)) if is_chat else prompt
         if model.vision is not None:
             kinds = {kind: model.vision.placeholder(kind, model.tokenizer) for kind in model.vision.kinds}
             if is_text and not any(token in text for token in kinds.values()):
@@ -111,8 +111,8 @@ def _chat_media(messages, name: str, images, videos) -> tuple[list, list, list]:
     return result, found["image"], found["video"]
 
 
-def _render_chat(tokenizer, messages, name: str, continues: bool) -> str:
-    """Chat messages as text, up to where the assistant's answer starts."""
+def render_chat(tokenizer, messages, name: str, *, continues: bool = False, answered: bool = False) -> str:
+    """Chat messages as text, up to where the assistant's answer starts; `answered`: the last message is that answer."""
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or not {"content", "tool_calls"} & message.keys():
             raise TypeError(f"{name}[{i}] must be a message with 'role' and 'content', got {message!r:.100}")
@@ -123,7 +123,7 @@ def _render_chat(tokenizer, messages, name: str, continues: bool) -> str:
 
     def render(messages):
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
         except Exception as error:  # a template is a program, and fails as any
             raise ValueError(f"{name}: the tokenizer's chat template refuses it: {one_line(error)}") from error
 
