@@ -11,6 +11,8 @@ import torch
 from helpers import normwise, tiny_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from vision_models import TINY_VISION, picture
 
 import pop_ext
 from pop_ext.analysis import calibration as calibrations
@@ -291,6 +293,42 @@ def test_calibrated(tmp_path_factory, tmp_path, rank):
     # the calibration is part of what a block depends on
     models[0].calibration, models[1].calibration = None, None
     assert compare(*models, [start], prefill_depth=3) == [0]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_images(tmp_path_factory, family):
+    """What an image shows, and where it lies, is part of what its tokens and all later ones are. Blocks end within
+    images; Gemma's tokens see the rest of theirs.
+    """
+    folder = TINY_VISION[family].make(tmp_path_factory.mktemp("prefix") / family, seed=3)
+    plain, shared = load(folder), load(folder, prefix_cache=True)
+    mark = plain.vision.written("image", plain.tokenizer)
+    pictures = [picture(40, 30), picture(33, 33)]
+    for before in (0, 50, 57):
+        text = "x" * before + mark + "y" * 130
+        for boundary, anchors in ((1, 1), (3, 0), (2, 60)):
+            for model in (plain, shared):
+                model.boundary_tokens, model.anchor_tokens, model.chunk_tokens = boundary, anchors, 37
+            shared.cache.forget(list(shared.cache.prefixes))
+
+            def ask(prompt, images):
+                return compare(plain, shared, [prompt], images=[images], prefill_depth=3)[0]
+
+            for image in (*pictures, mirrored(pictures[0])):  # the first and last have the same tokens
+                assert ask(text, [image]) == 0
+                assert ask(text + "z" * 9, [image]) >= 128
+            assert ask(text + mark + "w", [*pictures[:1], pictures[1]]) >= 128
+            assert ask(text + mark + "w" * 80, [*pictures[:1], pictures[1]]) >= 128
+            assert ask("x" * 70, []) <= 64
+    # two images in another order
+    both = mark + mark + "y" * 70
+    assert ask(both, pictures) == 0
+    assert ask(both, pictures[::-1]) == 0
+    assert ask(both, pictures) >= 64
+
+
+def mirrored(image):
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def test_bad_setting(tiny_llama):

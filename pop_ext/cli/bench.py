@@ -7,8 +7,19 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..runtime.prefill_depth import parse_depth
-from .common import Depths, DType, Json, Model, app, load_model, one_line_errors, output_console, progress_bar
+from ..runtime.prefill_depth import parse_depth, resolve_depth
+from .common import (
+    Depths,
+    DType,
+    Json,
+    Model,
+    app,
+    load_encoder,
+    load_model,
+    one_line_errors,
+    output_console,
+    progress_bar,
+)
 
 
 @app.command()
@@ -29,16 +40,22 @@ def bench(
     Random prompts, one at a time. Each figure is the mean of the rounds and their standard deviation; the gain is over
     the first depth given, in the same rounds. Prefill includes the logits of the last token.
     """
-    depths = [parse_depth(depth) for depth in prefill_depth]
-    loaded = load_model(model, dtype, max_cache_tokens=max(prompt_tokens) + decode_tokens)
+    parsed = [parse_depth(depth) for depth in prefill_depth]
+    spec = load_encoder(model).spec
+    layers, longest = spec.num_layers, max(prompt_tokens) + decode_tokens
+    depths = list(dict.fromkeys(resolve_depth(depth, layers) for depth in parsed))
+    if longest > spec.max_position_embeddings:
+        raise ValueError(
+            f"prompt_tokens and decode_tokens make {longest}, expected at most the model's "
+            f"{spec.max_position_embeddings}"
+        )
+    loaded = load_model(model, dtype, max_cache_tokens=longest)
     from pop_ext.analysis import speed
 
-    layers = loaded.spec.num_layers
-    resolved = list(dict.fromkeys(loaded.resolve_prefill_depth(depth) for depth in depths))
     machine = speed.processor_name(loaded)
     with progress_bar("measuring") as report:
         results = speed.measure_speed(
-            loaded, prompt_tokens, resolved, decode_tokens=decode_tokens, rounds=rounds, progress=report
+            loaded, prompt_tokens, depths, decode_tokens=decode_tokens, rounds=rounds, progress=report
         )
     if as_json:
         rows = [
