@@ -189,7 +189,7 @@ def test_gpu_rehearsal(run_kernel, tmp_path):
     report = tmp_path / "gpu.json"
     environment = os.environ | {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
     command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse", "--json", str(report)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     parts = json.loads(report.read_text())
     steps = {name: [step["step"] for step in part["steps"]] for name, part in parts.items()}
@@ -217,12 +217,11 @@ def test_a_part_keeps_its_time(tmp_path, monkeypatch):
     """A step is ended with what it started, later ones are left out, and what was measured is written."""
     import gpu
 
-    monkeypatch.setitem(gpu.LIMITS, "kernels", 6)
+    monkeypatch.setitem(gpu.LIMITS, "kernels", 4)  # of a rehearsal four times that
     report = {}
     part = gpu.Part("kernels", report, tmp_path / "gpu.json", rehearse=True)
-    lines = "import json, time; print(json.dumps({'tokens': 1}), flush=True)"
-    assert part.run("quick", [sys.executable, "-c", lines], json_lines=True)
-    assert not part.run("failing", [sys.executable, "-c", "raise SystemExit('broken')"])
+    assert part.run("quick", ["echo", '{"tokens": 1}'], json_lines=True)
+    assert not part.run("failing", ["sh", "-c", "echo broken >&2; exit 1"])
     assert not part.run("slow", ["sh", "-c", "sleep 60; true"])
     assert not part.run("late", ["true"])
     steps = json.loads((tmp_path / "gpu.json").read_text())["kernels"]["steps"]
@@ -230,7 +229,7 @@ def test_a_part_keeps_its_time(tmp_path, monkeypatch):
     assert steps[0]["status"] == "passed" and steps[0]["rows"] == [{"tokens": 1}]
     assert steps[1]["status"] == 1 and steps[1]["end"] == ["broken"]
     assert "stopped after" in steps[2]["status"] and "left out" in steps[3]["status"]
-    assert sum(gpu.LIMITS.values()) - 6 + 240 <= 25 * 60 and max(gpu.LIMITS.values()) <= 600
+    assert sum(gpu.LIMITS.values()) - 4 + 240 <= 25 * 60 and max(gpu.LIMITS.values()) <= 600
 
 
 def test_gpu_without_a_gpu(tmp_path):
