@@ -32,7 +32,7 @@ _PUBLIC = {
     "tune": "analysis.workflows",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from .analysis.workflows import calibrate, evaluate, measure_importance, suggest_depth, tune

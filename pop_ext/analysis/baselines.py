@@ -89,10 +89,10 @@ def layer_similarity(
     (ShortGPT, arXiv 2403.03853), and the angular distance [L + 1, L + 1] from h_i to h_j at the windows' last tokens,
     `arccos(cos(h_i, h_j)) / pi` (Gromov et al., arXiv 2403.17887), each the mean over `windows`.
     """
-    influence, angles = 0.0, 0.0
+    influence = angles = torch.zeros(())
     for window, images in zip(windows, visuals or [[]] * len(windows), strict=True):
         hidden = torch.stack([h.float() for h in model.hidden_states([window], [images])])  # [L + 1, T, D]
-        influence += 1 - cosine_similarity(hidden[:-1], hidden[1:], dim=-1).mean(-1)
+        influence = influence + 1 - cosine_similarity(hidden[:-1], hidden[1:], dim=-1).mean(-1)
         last = hidden[:, -1]
-        angles += cosine_similarity(last[:, None], last, dim=-1).clamp(-1, 1).arccos() / math.pi
+        angles = angles + cosine_similarity(last[:, None], last, dim=-1).clamp(-1, 1).arccos() / math.pi
     return influence / len(windows), angles / len(windows)

@@ -227,9 +227,10 @@ def calibrate(
                 if layer == spec.num_layers:
                     break
                 x = normed(hidden, spec.rms_norm_eps)
-                targets = _targets(model, layer, x[counted]) if inputs else None
-                for depth, depth_x in inputs.items():
-                    moments[depth].add_targets(layer, depth_x, targets)
+                if inputs:
+                    targets = _targets(model, layer, x[counted])
+                    for depth, depth_x in inputs.items():
+                        moments[depth].add_targets(layer, depth_x, targets)
                 if layer in depths:
                     inputs[layer] = torch.cat([x[counted], x[counted - 1]], 1) if rank else x[counted]
                     moments[layer].add_inputs(inputs[layer])

@@ -57,7 +57,9 @@ class Fidelity:
     excess_interval: tuple[float, float] = (0.0, 0.0)
 
 
-def variants(model: Model, depths: list[int], methods: list[str], prompts: list[list[int]], visuals) -> list[tuple]:
+def variants(
+    model: Model, depths: list[int], methods: list[str] | tuple[str, ...], prompts: list[list[int]], visuals
+) -> list[tuple]:
     """(method, depth, model, prefill depth to run it at) of every comparison that makes sense; the first is `full`."""
     layers = model.spec.num_layers
     own = copy.copy(model)

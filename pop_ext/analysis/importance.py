@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def load_transformers(folder: str | Path, dtype: torch.dtype = torch.float32) ->
     return loader.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model) -> nn.ModuleList:
     """The decoder's layers: the module list that is as long as the text config says."""
     count = model.config.get_text_config().num_hidden_layers
     found = [
@@ -63,10 +64,10 @@ class Gates:
     values [B, L, 2] (stage), with branches [B, L, 2, 2] (stage, branch); acts [2, T]: the tokens of each stage.
     """
 
-    def __init__(self, model: nn.Module, branches: bool = False):
+    def __init__(self, model, branches: bool = False):
         self.layers, self.branches = decoder_layers(model), branches
-        self.values: Tensor | None = None
-        self.acts: Tensor | None = None
+        self.values: Any = None
+        self.acts: Any = None
 
     def shape(self, batch: int) -> tuple[int, ...]:
         return (batch, len(self.layers), 2) + ((2,) if self.branches else ())

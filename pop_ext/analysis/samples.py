@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.bounds import truncated_repr
 from ..checkpoints.files import one_line, read_utf8
@@ -42,8 +43,11 @@ class Pairs:
 
     def take(self, indices: Sequence[int]) -> Pairs:
         """Some of them."""
-        lists = (self.prompts, self.continuations, self.media, self.visuals)
-        return Pairs(*(None if values is None else [values[i] for i in indices] for values in lists))
+
+        def some(values: Any) -> Any:
+            return None if values is None else [values[i] for i in indices]
+
+        return Pairs(*map(some, (self.prompts, self.continuations, self.media, self.visuals)))
 
     def shortened(self, continuation_tokens: int) -> Pairs:
         """With continuations of that many tokens at most."""
@@ -109,7 +113,7 @@ def encode_samples(samples: list[tuple[str, dict]], model) -> Pairs:
     """
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: text cannot be turned into tokens")
-    pairs = Pairs([], [], [])
+    prompts, continuations, media = [], [], []
     limit = getattr(model.spec, "max_position_embeddings", None)
     for name, sample in samples:
         chat = sample.get("messages")
@@ -121,10 +125,10 @@ def encode_samples(samples: list[tuple[str, dict]], model) -> Pairs:
             raise ValueError(f"{name}: the continuation is empty")
         if limit is not None and len(prompt) + len(continuation) > limit:
             raise ValueError(f"{name}: {len(prompt) + len(continuation)} tokens, expected at most the model's {limit}")
-        pairs.prompts.append(prompt)
-        pairs.continuations.append(continuation)
-        pairs.media.append(pictures)
-    return pairs
+        prompts.append(prompt)
+        continuations.append(continuation)
+        media.append(pictures)
+    return Pairs(prompts, continuations, media)
 
 
 def answer_text(tokenizer, messages: list[dict], name: str) -> str:

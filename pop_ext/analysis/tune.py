@@ -230,9 +230,7 @@ def _key(model: Model, fit: Pairs, held_out: Pairs, depths, rank, seed) -> str:
     """Of all that a state hangs on."""
     settings = (model.boundary_tokens, model.anchor_tokens, str(model.dtype), depths, rank, seed, FORMAT)
     data = (fit.windows, held_out.prompts, held_out.continuations)
-    images = [
-        [v.start, v.end, v.features.float().sum().item()] for p in (fit, held_out) for s in p.visuals or [] for v in s
-    ]
+    images = [[v.start, v.end, v.digest()] for p in (fit, held_out) for s in p.visuals or [] for v in s]
     return hashlib.sha256(repr((model.fingerprint(), settings, data, images)).encode()).hexdigest()
 
 

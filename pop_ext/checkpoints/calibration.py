@@ -105,8 +105,9 @@ class Calibration:
                         )
                     if not tensor.isfinite().all():
                         raise ValueError(f"depth {depth} has a tensor with NaN or infinity, expected finite values")
-        tables = ({depth: t.to(dtype) for depth, t in table.items()} for table in (projections, features))
-        return cls(*tables, provenance)
+        for table in (projections, features):
+            table.update({depth: tensor.to(dtype) for depth, tensor in table.items()})
+        return cls(projections, features, provenance)
 
 
 @contextmanager

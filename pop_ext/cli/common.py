@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -183,7 +183,7 @@ def read_data(text: list[Path] | None, chats: list[Path] | None):
     return Data.read(text, chats) if text or chats else None
 
 
-def expected_data(text: list[Path] | None, chats: list[Path] | None):
+def expected_data(text: list[Path] | None, chats: list[Path] | None) -> Any:
     if not text and not chats:
         raise ValueError("give either --text FILE or --chats FILE")
     return read_data(text, chats)
@@ -213,7 +213,7 @@ CHATS = (
     "model. They go through the model's chat template: a chat model knows its marks, and prompts without them are "
     "other prompts. May be given several times."
 )
-FILE = {"exists": True, "dir_okay": False, "readable": True}
+FILE: Any = {"exists": True, "dir_okay": False, "readable": True}
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")]
 Text = Annotated[
     list[Path] | None, typer.Option("--text", help="File of UTF-8 text; may be given several times.", **FILE)

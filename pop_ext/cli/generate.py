@@ -21,9 +21,10 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         return prompt
     from pop_ext.checkpoints.files import decoded_utf8
 
-    if str(prompt_file) != "-" and not Path(prompt_file).is_file():
+    path = Path(prompt_file or "-")
+    if str(path) != "-" and not path.is_file():
         raise ValueError(f"--prompt-file is {prompt_file}: no such file, expected one, or - for standard input")
-    data = sys.stdin.buffer.read() if str(prompt_file) == "-" else Path(prompt_file).read_bytes()
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     # An editor's newline at the end of the file is no part of the prompt.
     text = decoded_utf8(data, f"--prompt-file {prompt_file}").removesuffix("\n").removesuffix("\r")
     if not text:

@@ -9,6 +9,7 @@ the device in one copy, once in up to `HORIZON` steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ class Buffers:
         self.rows, self.model = rows, model
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=model.device)
         self.settings = torch.zeros(rows, 5, dtype=torch.float32, device=model.device)
-        self.seen = None  # [rows, V] uint8, made when first asked for
+        self.seen: Tensor | None = None  # [rows, V] uint8, made when first asked for
         self.steps: dict[tuple[int, str, bool], Step] = {}
 
     def step(self, context: int, choose: str) -> Step:
@@ -164,9 +165,10 @@ class Decoder:
             DecodeRow(i, row.sequence, row.sequence.num_cached, row.max_new_tokens - 1, row.generator, [])
             for i, row in enumerate(rows)
         ]
-        self.step, self.left = None, 0
-        self.pending: list[tuple[Tensor, object, list[int]]] = []  # tokens on their way to the host, and of which rows
-        if choose == "sample":
+        self.step: Any = None  # the step that is launched, once there is one
+        self.left = 0
+        self.pending: list[tuple[Tensor, Any, list[int]]] = []  # tokens on their way to the host, and of which rows
+        if choose == "sample" and settings is not None:
             padded = settings + [settings[0]] * (count - len(settings))
             self.buffers.settings.copy_(torch.tensor(padded, dtype=torch.float32))
             penalised = any(setting[4] != 1 for setting in settings)

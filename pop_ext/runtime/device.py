@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def why_no_cuda(index: int | None = None) -> str | None:
     """Why no model can run on this CUDA device (None: the current one); None where one can."""
     if ops.why_no_cuda is not None:
         return ops.why_no_cuda
-    if not torch.version.cuda.startswith("13."):
+    if not str(torch.version.cuda).startswith("13."):
         return f"this torch is built for CUDA {torch.version.cuda}, expected CUDA 13"
     try:
         torch.cuda.init()
@@ -140,9 +141,9 @@ class StageTimes:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self._device = torch.device(device)
-        self._seconds = dict.fromkeys(self.STAGES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(self.STAGES, 0.0)
         self._spans = []  # stage, first and last event
-        self._last = None
+        self._last: Any = None
 
     def start(self) -> None:
         """A stage begins."""

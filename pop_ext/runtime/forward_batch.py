@@ -135,6 +135,7 @@ def _visual_rows(runs: list[tuple[Sequence, int, int]]) -> tuple[Tensor | None, 
             low, high = max(visual.start, start), min(visual.end, end)
             if low < high:
                 rows.append(torch.arange(low, high) + (offset - start))
+                assert visual.features is not None  # it is in no cache yet
                 features.append(visual.features[:, low - visual.start : high - visual.start])
         offset += end - start
     return (torch.cat(rows), torch.cat(features, dim=1)) if rows else (None, None)

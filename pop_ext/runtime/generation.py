@@ -23,7 +23,8 @@ from .model import PrefillModel
 from .prompts import encode_prompt, media_lists, prompt_list
 from .sampling import TransformersRules
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
@@ -172,7 +173,7 @@ class Model(PrefillModel):
             token_ids, pictures = encode_prompt(self, prompt, f"prompts[{i}]", history, images[i], videos[i])
             prompt_ids.append(token_ids)
             media.append(pictures)
-            generator = torch.Generator().manual_seed(seed + i) if rules.do_sample else None
+            generator = None if seed is None or not rules.do_sample else torch.Generator().manual_seed(seed + i)
             rows.append(rules.row(sequence, history + prompt_ids[-1], generator))
 
         created, done = [], False

@@ -79,7 +79,7 @@ class Sequence:
             if low < high:
                 positions[:, low - start : high - start] += visual.shift
             low, high = max(visual.start, start), min(visual.end, end)
-            if low < high:
+            if low < high and visual.grid is not None:
                 token = torch.arange(low, high) - visual.start
                 grid = torch.stack([0 * token, token // visual.grid[1], token % visual.grid[1]])
                 positions[:, low - start : high - start] = visual.position + grid

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from .prefill_depth import resolve_depth
 from .rope import RotaryEmbedding
 
 pop = torch.ops.pop
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 DEFAULT_MAX_CACHE_TOKENS = 32768  # of the cache, where the model's own context is longer
 
 
@@ -35,7 +36,8 @@ def in_turn(method: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with args[0].cache.lock:
+        model: Any = args[0]
+        with model.cache.lock:
             return method(*args, **kwargs)
 
     return call
@@ -90,9 +92,10 @@ class Layers:
         if self.calibration is not None:
             self.calibration.check(self)
             self.calibration = self.calibration.to(self.device)
-        self.k_norms = torch.stack([layer.k_norm for layer in self.weights.layers]) if self.spec.qk_norm else None
-        self.tokenizer = load_tokenizer(folder)
-        self.vision = Vision(folder, self.config, self.spec, dtype, self.device) if self.spec.vision_type else None
+        norms: list[Any] = [layer.k_norm for layer in self.weights.layers]
+        self.k_norms = torch.stack(norms) if self.spec.qk_norm else None
+        self.tokenizer: Any = load_tokenizer(folder)
+        self.vision: Any = Vision(folder, self.config, self.spec, dtype, self.device) if self.spec.vision_type else None
         self.generation_config = load_generation_config(folder, self.config)
         self.prefix_cache = prefix_cache
         self.decode_buffers, self.cuda_graphs = {}, True  # on a GPU: see `decoding`
@@ -153,14 +156,14 @@ class Layers:
         is among those of `before` and then those of `hidden`.
         """
         weights, features = self.weights, self.features(depth)
-        own = self.calibration is None or depth == self.spec.num_layers - 1  # whose input is exact
+        calibration = self.calibration if depth < self.spec.num_layers - 1 else None  # the last layer's input is exact
         if features is not None:
             rows = torch.stack([hidden[0] if row is None else row for row in before])
             x = pop.rms_norm(torch.cat([rows, hidden]), self._no_gain, self.spec.rms_norm_eps)
             hidden = torch.cat([x[len(rows) :], pop.linear(x, features)[previous]], 1)
         pop.project_kv(
             hidden,
-            weights.projections_from(depth) if own else self.calibration.at(depth)[0],
+            weights.projections_from(depth) if calibration is None else calibration.at(depth)[0],
             None if weights.projection_bias is None else weights.projection_bias[depth:],
             None if self.k_norms is None else self.k_norms[depth:],
             self.spec.rms_norm_eps,

@@ -81,7 +81,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
         return torch.bfloat16
     names = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     found = names.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if found not in names.values():
+    if not isinstance(found, torch.dtype) or found not in names.values():
         raise ValueError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, names))} or their torch.dtype")
     return found
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,7 +187,8 @@ class Vision:
             return {}
         from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-        tower, grid_thw = self.modules["visual"], torch.tensor([media.grid_thw])
+        tower: Any = self.modules["visual"]
+        grid_thw = torch.tensor([media.grid_thw])
         indices, weights = get_vision_interpolation_indices_and_weights(
             grid_thw,
             num_grid_per_side=tower.num_grid_per_side,

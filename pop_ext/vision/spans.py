@@ -31,4 +31,6 @@ class ImageSpan:
 
     def digest(self) -> bytes:
         """SHA-256 of the features. Waits for the device."""
-        return hashlib.sha256(self.features.contiguous().view(torch.uint8).cpu().numpy()).digest()
+        if self.features is None:
+            raise ValueError("the image's tokens are in the cache, expected its features")
+        return hashlib.sha256(self.features.contiguous().view(torch.uint8).cpu().numpy().tobytes()).digest()
