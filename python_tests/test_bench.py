@@ -203,6 +203,73 @@ def test_depth(folder):
     assert predicted[0] == predicted[1] == 1 < predicted[2] < predicted[3]  # a depth of 4 counts as 3
 
 
+# What runs on a GPU, rehearsed.
+
+
+def test_gpu_rehearsal(run_kernel, tmp_path):
+    """Every step of every part, on the emulator and the double; compute-sanitizer's place is taken by a stand-in."""
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\n[ "$1 $3 $4" = "--tool --error-exitcode 9" ] || exit 2\nshift 4\nexec "$@"\n')
+    tool.chmod(0o755)
+    report = tmp_path / "gpu.json"
+    environment = os.environ | {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse", "--json", str(report)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    parts = json.loads(report.read_text())
+    steps = {name: [step["step"] for step in part["steps"]] for name, part in parts.items()}
+    assert steps == {
+        "tests": ["operations", "runner"],
+        "sanitizer": ["memcheck", "racecheck", "initcheck", "synccheck"],
+        "kernels": ["cuBLAS and FlashAttention", "configure", "build", *KERNELS],
+        "end-to-end": ["model", "pop", "transformers", "transformers-compiled", "vllm"],
+    }
+    assert all(part["rehearsal"] and part["device"] == "PTX emulator" for part in parts.values())
+    rows = [row for step in parts["end-to-end"]["steps"] for row in step.get("rows", ())]
+    engines = [f"POP, {depth} layers" for depth in (6, 4, 3)]
+    assert {(row["engine"], row["tokens"]) for row in rows} == {
+        (engine, tokens) for tokens in (24, 70) for engine in (*engines, "transformers", "transformers, compiled")
+    }
+    assert all(row["prefill"] > 0 and row["decode"] > 0 for row in rows)
+    beside = parts["kernels"]["steps"][0]["rows"]
+    assert {row["operation"] for row in beside} == {"linear", "attention"}
+    assert all(row["difference"] < 0.01 and row["seconds"] > 0 < row["torch_seconds"] for row in beside)
+    assert all(step["report"]["lines"] for step in parts["kernels"]["steps"][3:])
+    assert "| POP, 4 layers | 70 |" in result.stdout and "| attention | 24 |" in result.stdout
+
+
+def test_a_part_keeps_its_time(tmp_path, monkeypatch):
+    """A step is ended with what it started, later ones are left out, and what was measured is written."""
+    import gpu
+
+    monkeypatch.setitem(gpu.LIMITS, "kernels", 4)  # of a rehearsal four times that
+    report = {}
+    part = gpu.Part("kernels", report, tmp_path / "gpu.json", rehearse=True)
+    assert part.run("quick", ["echo", '{"tokens": 1}'], json_lines=True)
+    assert not part.run("failing", ["sh", "-c", "echo broken >&2; exit 1"])
+    assert not part.run("slow", ["sh", "-c", "sleep 60; true"])
+    assert not part.run("late", ["true"])
+    steps = json.loads((tmp_path / "gpu.json").read_text())["kernels"]["steps"]
+    assert [step["step"] for step in steps] == ["quick", "failing", "slow", "late"]
+    assert steps[0]["status"] == "passed" and steps[0]["rows"] == [{"tokens": 1}]
+    assert steps[1]["status"] == 1 and steps[1]["end"] == ["broken"]
+    assert "stopped after" in steps[2]["status"] and "left out" in steps[3]["status"]
+    assert sum(gpu.LIMITS.values()) - 4 + 240 <= 25 * 60 and max(gpu.LIMITS.values()) <= 600
+
+
+def test_gpu_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("the device is another one already")
+    for arguments, message in (
+        ([], "torch finds no GPU; --rehearse needs none"),
+        (["speed"], "PART is 'speed', expected"),
+    ):
+        command = [sys.executable, str(ROOT / "bench" / "gpu.py"), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 2 and message in result.stderr
+
+
 # The kernels' microbenchmark programs, on the PTX emulator.
 
 KERNELS = "rms_norm", "linear", "gated_linear", "qkv_project", "attention", "project_kv"

@@ -233,7 +233,8 @@ def plot(results: list[Fidelity], path: str | Path, title: str, recommended: int
     layers = results[0].prefill_depth
     axes.axvline(1.0, color="0.5", linestyle="--", label="full depth")
     for method in METHODS[1:]:
-        rows = sorted((r for r in results if r.method == method), key=lambda r: r.prefill_depth)
+        timed = [r for r in results if r.method == method and not math.isnan(r.speedup)]
+        rows = sorted(timed, key=lambda r: r.prefill_depth)
         if not rows:
             continue
         kl, speedup = np.array([r.kl for r in rows]), np.array([r.speedup for r in rows])

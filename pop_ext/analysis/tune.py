@@ -192,9 +192,8 @@ def tune(
             done = work["calibrate"] + len(state.scores) * len(runs)
             progress(done, total, f"evaluating {at}")
             state.save_now_and_then()
-    except BaseException:
+    finally:
         state.save()
-        raise
     seconds = _seconds(runs, held_out, visuals, lambda done: progress(total - rounds + done, total, f"timing {at}"))
     rows = evaluation.summarise(runs, np.array(state.scores), seconds, seed)
     calibration = state.calibration

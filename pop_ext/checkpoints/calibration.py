@@ -119,7 +119,12 @@ def _opened(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such calibration file")
     try:
-        with open_safetensors(path) as file:
+        opened = open_safetensors(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CalibrationError(f"{path}: not a calibration file, or a damaged one: {reason}") from None
+    try:
+        with opened as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"not a calibration of this version ({FORMAT}), which `pop calibrate` writes")
@@ -132,9 +137,7 @@ def _opened(path: Path):
                 raise ValueError(f"it recommends {provenance['recommended']!r:.40}, expected one of its depths")
             yield file, depths, provenance
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        if isinstance(error, SafetensorError):
-            error = f"not a calibration file, or a damaged one: {error}"
-        raise CalibrationError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from None
+        raise CalibrationError(f"{path}: {error}") from None
 
 
 def calibrated_depths(path: str | Path) -> list[int]:

@@ -21,7 +21,7 @@ COUNT_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_t
 @register_model("pop")
 class POP(TemplateLM):
     """A model whose contexts are prefilled by POP. Arguments as `pop_ext.load` has them; prefill_depth is layers (12)
-    or their share (0.7).
+    or their share (0.7), by default what the calibration recommends or its only depth, else all.
     """
 
     def __init__(
