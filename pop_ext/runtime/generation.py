@@ -23,7 +23,8 @@ from .model import PrefillModel
 from .prompts import encode_prompt, media_lists, prompt_list
 from .sampling import TransformersRules
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from .prefill_depth import resolve_depth
 from .rope import RotaryEmbedding
 
 pop = torch.ops.pop
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 DEFAULT_MAX_CACHE_TOKENS = 32768  # of the cache, where the model's own context is longer
 
 
@@ -35,7 +36,8 @@ def in_turn(method: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with args[0].cache.lock:
+        model: Any = args[0]
+        with model.cache.lock:
             return method(*args, **kwargs)
 
     return call
