@@ -16,7 +16,7 @@ import time
 
 import pytest
 import torch
-from helpers import make_chat_folder, make_tokenizer
+from helpers import make_chat_folder, make_tokenizer, run_in_terminal
 from typer.testing import CliRunner
 
 import pop_ext
@@ -168,9 +168,10 @@ SMALL = ("--prompt-tokens", "20", "--prompt-tokens", "70", "--decode-tokens", "3
 
 def test_bench_on_a_terminal(folder):
     """All of the table within 80 columns."""
-    with Terminal("bench", folder, *SMALL, "--prefill-depth", "1.0", "--prefill-depth", "3") as terminal:
-        text = terminal.read_until(r"\n *70 +3 of 6 .*\n")
-    lines = [line.rstrip() for line in text.splitlines() if "of 6" in line]
+    command = [sys.executable, "-m", "pop_ext.cli", "bench", folder, *SMALL]
+    status, text = run_in_terminal([*command, "--prefill-depth", "1.0", "--prefill-depth", "3"], 80)
+    assert status == 0, text
+    lines = [line.rstrip() for line in text.splitlines() if re.search(r"\d of 6 ", line)]
     assert all(len(line) <= 80 for line in lines)
     figure = r"[\d.]+ ± [\d.]+"
     for line, (length, depth) in zip(lines, [(20, 6), (20, 3), (70, 6), (70, 3)], strict=True):

@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
+from helpers import make_chat_folder
 from test_cli import pop
-from test_generation import make_chat_folder
 from windows import random_windows
 
 import pop_ext

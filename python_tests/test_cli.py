@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_generation import make_chat_folder
+from helpers import make_chat_folder
 from typer.testing import CliRunner
 
 import pop_ext

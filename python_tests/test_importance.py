@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
-from helpers import TINY, tiny_folder
+from helpers import TINY, make_chat_folder, tiny_folder
 from test_cli import pop
-from test_generation import make_chat_folder
 
 import pop_ext
 from pop_ext.analysis import importance

@@ -9,8 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import run_in_terminal
-from test_generation import make_chat_folder
+from helpers import make_chat_folder, run_in_terminal
 
 POP = [sys.executable, "-m", "pop_ext.cli"]
 SIZES = ["--prompts", "8", "--prompt-tokens", "100", "--continuation-tokens", "12"]

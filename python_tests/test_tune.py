@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import make_tokenizer
+from helpers import make_chat_folder, make_tokenizer
 from test_cli import pop
-from test_generation import make_chat_folder
 
 import pop_ext
 from pop_ext.analysis import calibration as calibrations
