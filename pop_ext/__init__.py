@@ -18,10 +18,12 @@ _PUBLIC = {
     "Model": "runtime.generation",
     "NonFiniteError": "runtime.finite",
     "StageTimes": "runtime.device",
+    "attach": "integrations.transformers",
     "build_info": "ops",
     "calibrate": "analysis.workflows",
     "cpu_isa": "ops",
     "cpu_isas": "ops",
+    "detach": "integrations.transformers",
     "evaluate": "analysis.workflows",
     "load": "runtime.loading",
     "measure_importance": "analysis.workflows",
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from .analysis.workflows import calibrate, evaluate, measure_importance, suggest_depth, tune
     from .checkpoints.calibration import Calibration, CalibrationError
     from .checkpoints.files import CheckpointError
+    from .integrations.transformers import attach, detach
     from .ops import build_info, cpu_isa, cpu_isas, set_cpu_isa
     from .runtime.device import DeviceMemoryError, StageTimes
     from .runtime.finite import NonFiniteError

@@ -39,6 +39,7 @@ ELSEWHERE = {
     "pop generate MODEL --image": "test_vision.py: it needs a model with a vision tower",
     "pop generate MODEL --video": "test_vision.py",
     "pop calibrate MODEL --samples": "test_vision.py",
+    "pop chat": "test_bench_and_chat.py, on a terminal",
     "pop convert": "test_gguf.py",
     "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibrate_command.py",
 }

@@ -269,7 +269,9 @@ def test_gemma_windows_start_with_bos():
     """On a real tokenizer that adds one."""
     from helpers import real_model
 
-    tokenizer = text.load_tokenizer(real_model("gemma-3-270m"))
+    from pop_ext.checkpoints.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(real_model("gemma-3-270m"))
     bos, _ = text.encode(tokenizer, "A text")
     assert bos == [tokenizer.bos_token_id]
     assert all(w[0] == bos[0] for w in text.windows(tokenizer, "A text of some length. " * 30, 20))

@@ -47,11 +47,18 @@ class NormalEquations:
     Y [n, out] for each of `layers`.
     """
 
-    def __init__(self, layers: range, inputs: int, outputs: int):
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
-        self.xy = {layer: torch.zeros(inputs, outputs, dtype=torch.float64) for layer in layers}
-        self.yy = {layer: torch.zeros(outputs, dtype=torch.float64) for layer in layers}
+    def __init__(self, layers: range, inputs: int, outputs: int, device: torch.device | str = "cpu"):
+        like = {"dtype": torch.float64, "device": device}
+        self.xx = torch.zeros(inputs, inputs, **like)
+        self.xy = {layer: torch.zeros(inputs, outputs, **like) for layer in layers}
+        self.yy = {layer: torch.zeros(outputs, **like) for layer in layers}
         self.count = 0
+
+    def to_host(self) -> None:
+        """What follows is small, and in float64, which GPUs are slow at."""
+        self.xx = self.xx.cpu()
+        self.xy = {layer: xy.cpu() for layer, xy in self.xy.items()}
+        self.yy = {layer: yy.cpu() for layer, yy in self.yy.items()}
 
     def add_inputs(self, x: Tensor) -> None:
         self.xx += x.T @ x
@@ -152,7 +159,7 @@ def _targets(model, layer: int, x: Tensor) -> Tensor:
     """What layer `layer` makes of its own normed input x [n, D]: [n, 2 Hkv E] float32. A K-norm discards the scale of
     each token's key in each head, so there keys count with a root mean square of 1.
     """
-    y = x @ model.weights.projection[layer].float().T
+    y = x @ model.weights.projections_from(layer)[0].float().T
     if model.spec.qk_norm:
         keys = y[:, : y.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))
         keys *= torch.rsqrt(keys.square().mean(-1, keepdim=True) + model.spec.rms_norm_eps)
@@ -163,7 +170,7 @@ def _own(model, layer: int, moments: NormalEquations) -> Tensor:
     """The layer's own weights [in, 2 Hkv E] float64, nothing for features; under a K-norm each head's keys at the scale
     that fits best.
     """
-    own = model.weights.projection[layer].double().T
+    own = model.weights.projections_from(layer)[0].cpu().double().T
     own = torch.cat([own, own.new_zeros(len(moments.xx) - len(own), own.shape[1])])
     if model.spec.qk_norm:
         heads = own[:, : own.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))  # [in, Hkv, E], a view
@@ -205,7 +212,8 @@ def calibrate(
     layers = {depth: range(depth + 1, spec.num_layers) for depth in depths}
     size = spec.hidden_size
     fitted, held_out = (
-        {depth: NormalEquations(layers[depth], (1 + (rank > 0)) * size, rows) for depth in depths} for _ in range(2)
+        {depth: NormalEquations(layers[depth], (1 + (rank > 0)) * size, rows, model.device) for depth in depths}
+        for _ in range(2)
     )
     first = max(model.anchor_tokens, rank > 0)  # anchors have true keys and values, and unlike any other token's
     done = 0
@@ -214,6 +222,7 @@ def calibrate(
         for start in range(0, len(part), count):
             (batch, images), inputs = zip(*part[start : start + count], strict=True), {}
             counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0]
+            counted = counted.to(model.device)
             for layer, hidden in enumerate(model.hidden_states(list(batch), list(images))):
                 if layer == spec.num_layers:
                     break
@@ -228,6 +237,8 @@ def calibrate(
             progress(done, len(windows))
 
     moments = [*fitted.values(), *held_out.values()]
+    for m in moments:
+        m.to_host()
     if not all(tensor.isfinite().all() for m in moments for tensor in (m.xx, *m.xy.values())):
         raise explained(NonFiniteError("the hidden states are not finite"), model, windows[:1])
     projections, features, report = {}, {}, {}
@@ -266,7 +277,7 @@ def _fit(
     everything = fitted + held_out
     spectrum = torch.linalg.eigh(everything.xx)
     solved = [everything.solve(layer, own[layer], PENALTIES[best], spectrum).T for layer in layers]
-    exact = model.weights.projection[depth].double()
+    exact = model.weights.projections_from(depth)[0].cpu().double()
     exact = torch.cat([exact, exact.new_zeros(len(exact), rank)], 1)
     projection = (torch.stack([exact, *solved]) * column_scale(size, rank)).to(model.dtype)
     report = {

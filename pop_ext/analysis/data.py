@@ -15,6 +15,7 @@ from typing import Any
 from ..checkpoints.config import load_config
 from ..checkpoints.families import ModelSpec
 from ..checkpoints.files import resolve_folder
+from ..checkpoints.tokenizer import load_tokenizer
 from . import calibration as calibrations
 from . import text as texting
 from .samples import Pairs, check_sample, encode_samples, read_samples
@@ -29,7 +30,9 @@ class Encoder:
     def __init__(self, path: str | Path, any_model: bool = False):
         folder = resolve_folder(path)
         self.spec: Any = _any_spec(folder) if any_model else ModelSpec.from_config(load_config(folder))
-        self.tokenizer, self.vision = texting.load_tokenizer(folder), None
+        self.tokenizer, self.vision = load_tokenizer(folder), None
+        if self.tokenizer is None:
+            raise ValueError(f"{path} has no tokenizer: text cannot be turned into tokens")
 
 
 @dataclass

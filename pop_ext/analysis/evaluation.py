@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..runtime.device import synchronize
 from ..runtime.generation import Model
 from ..vision.spans import ImageSpan
 from .baselines import SpeedBaseline, layer_similarity, without_layers
@@ -199,8 +200,8 @@ def time_prefill(model: Model, prompt: list[int], images: list[ImageSpan], depth
     sequence = model.new_sequence()
     try:
         start = time.perf_counter()
-        logits, _ = model.prefill([sequence], [prompt], visuals=[images], prefill_depth=depth)
-        logits[0, 0].item()  # a GPU is done when it can be read
+        model.prefill([sequence], [prompt], visuals=[images], prefill_depth=depth)
+        synchronize(model.device)
         return time.perf_counter() - start
     finally:
         model.free(sequence)

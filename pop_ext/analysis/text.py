@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..checkpoints.files import atomic_write, read_utf8, resolve_folder
+from ..checkpoints.files import atomic_write, read_utf8
 from ..runtime.kv_cache import BLOCK_SIZE
 
 logger = logging.getLogger(__name__)
@@ -88,18 +88,6 @@ def set_apart(text: str) -> str:
     """
     text = re.sub(r"(\w)'(\w)", r"\1 '\2", re.sub(r'([,.;:!?()"“”])', r" \1 ", text))
     return re.sub("  +", " ", text)
-
-
-def load_tokenizer(path: str | Path):
-    """The tokenizer of a checkpoint; ValueError if it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(resolve_folder(path))
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} has no tokenizer: text cannot be turned into tokens ({error})") from error
 
 
 def sampled_texts(

@@ -22,7 +22,7 @@ class CalibrationError(ValueError):
     """A calibration file is damaged, of another model, or without the depth asked for."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Calibration:
     """Projections of one model for some prefill depths.
 
@@ -68,8 +68,11 @@ class Calibration:
 
     def to(self, device: torch.device) -> Calibration:
         """The same on a device."""
-        tables = ({depth: t.to(device) for depth, t in table.items()} for table in (self.projections, self.features))
-        return Calibration(*tables, self.provenance)
+
+        def moved(table):
+            return {depth: tensor.to(device) for depth, tensor in table.items()}
+
+        return Calibration(moved(self.projections), moved(self.features), self.provenance)
 
     def check(self, model) -> None:
         """CalibrationError unless it was made for this model's weights."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .device import Packing
+from ..transfer import Packing
 from .forward_batch import ForwardBatch
 from .kv_cache import BLOCK_SIZE, CacheFullError, Sequence
 
@@ -105,8 +105,8 @@ class Step:
         )
         batch.turn(pop.rope_gather(*model.rope_tables(), self.positions))
         for layer in range(model.spec.num_layers):
-            hidden = model._layer(layer, hidden, batch)
-        self.logits = model._logits(hidden)
+            hidden = model.layer(layer, hidden, batch)
+        self.logits = model.head(hidden)
         if self.choose == "greedy":
             pop.sample(self.logits, None, None, None, None, buffers.tokens)
         elif self.choose == "sample":

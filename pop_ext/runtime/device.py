@@ -1,8 +1,4 @@
-"""The device that a model runs on: its choice, its memory, and what goes between it and the host.
-
-On a GPU the host builds the integers of a forward pass in one pinned buffer, which goes over in one copy and without
-waiting; times come from events.
-"""
+"""The device that a model runs on: its choice, its memory, and the times of what runs there."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import logging
 import time
 
 import torch
-from torch import Tensor
 
 from .. import ops
 from ..checkpoints.families import ModelSpec
@@ -21,7 +16,6 @@ ACCELERATORS = {"cuda"}  # device types whose kernels `torch.ops.pop` has
 HEAD_SIZES = (32, 64, 128, 256)
 LEAST_CAPABILITY = (8, 0)
 CACHE_SHARE = 0.85  # of the memory that weights leave free goes to the cache; activations and graphs take the rest
-ALIGNMENT = 16  # bytes, of each tensor in a copy
 
 
 class DeviceMemoryError(RuntimeError):
@@ -131,41 +125,6 @@ def gib(count: float) -> str:
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
-
-
-# Host to device
-
-
-class Packing:
-    """Where each of some tensors lies in one buffer of bytes."""
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.places, self.size = {}, 0
-        for name, tensor in tensors.items():
-            self.places[name] = (self.size, tensor.dtype, tensor.shape)
-            self.size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-
-    def pack(self, tensors: dict[str, Tensor], device: torch.device) -> Tensor:
-        """A buffer on the host with the tensors' values; pinned, so that a copy from it does not wait."""
-        buffer = torch.empty(self.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        for name, view in self.unpack(buffer).items():
-            view.copy_(tensors[name])
-        return buffer
-
-    def unpack(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Views of a buffer by the tensors' names."""
-        views = {}
-        for name, (start, dtype, shape) in self.places.items():
-            views[name] = buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-        return views
-
-
-def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of the host on `device`: all in one copy, which the host does not wait for."""
-    if device.type == "cpu":
-        return tensors
-    packing = Packing(tensors)
-    return packing.unpack(packing.pack(tensors, device).to(device, non_blocking=True))
 
 
 # Times

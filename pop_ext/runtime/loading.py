@@ -26,6 +26,7 @@ def load(
     boundary_tokens: int = 1,
     anchor_tokens: int = 1,
     max_cache_tokens: int | None = None,
+    prefix_cache: bool = False,
     revision: str | None = None,
     check_weights: bool = False,
 ) -> Model:
@@ -43,6 +44,8 @@ def load(
     anchor_tokens: how many of a sequence's first tokens run through all layers (attention sinks); 0 is the paper's.
     max_cache_tokens: capacity of the key/value cache over all conversations. By default on the CPU the model's context
         or 32,768, whichever is less; on a GPU 85% of the memory that the weights leave free.
+    prefix_cache: keep the prompts of `generate` in the cache until the room is needed, so that one that begins like an
+        earlier one is computed from where they differ, to whole blocks of 64 tokens. Results are the same.
     revision: branch, tag or commit of a hub repository.
     check_weights: read all weights now, and raise if NaN or infinity is among them.
 
@@ -51,10 +54,21 @@ def load(
     check_transformers()
     folder = resolve_folder(path, revision)
     number = resolve_dtype(dtype)
+    if not isinstance(prefix_cache, bool):
+        raise TypeError(f"prefix_cache is {prefix_cache!r:.80}, expected a bool")
     if prefill_depth is None:
         prefill_depth = 1.0 if calibration is None else default_depth(calibration)
     check_ambiguous(prefill_depth, folder)
-    settings = (prefill_depth, boundary_tokens, anchor_tokens, number, max_cache_tokens, calibration, device)
+    settings = (
+        prefill_depth,
+        boundary_tokens,
+        anchor_tokens,
+        number,
+        max_cache_tokens,
+        calibration,
+        device,
+        prefix_cache,
+    )
     model = Model(folder, *settings)
     if check_weights:
         check_finite(model.weights)
