@@ -34,6 +34,22 @@ def test_closed_form_is_the_minimum():
         torch.testing.assert_close(moments.errors(3, weight.detach()), error, rtol=1e-9, atol=1e-9)
 
 
+def test_errors_of_all_penalties_are_those_of_each():
+    """In the eigenvectors' basis, against the solutions themselves, on a stream that they were not fitted to."""
+    torch.manual_seed(0)
+    own, weight = torch.randn(20, 8).double(), torch.randn(20, 8).double()
+    fitted, other = (
+        moments_of(range(3, 4), x, x @ weight + torch.randn(len(x), 8).double())
+        for x in (torch.randn(30, 20).double(), torch.randn(50, 20).double())
+    )
+    spectrum = torch.linalg.eigh(fitted.xx)
+    found = fitted.penalty_errors(3, own, spectrum, other.of(spectrum[1].T))
+    solved = [fitted.solve(3, own, penalty, spectrum) for penalty in calibration.PENALTIES]
+    expected = torch.stack([other.errors(3, each).sum() / other.yy[3].sum() for each in solved])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert len(set(found.tolist())) == len(calibration.PENALTIES)
+
+
 def test_sound_where_nothing_is_to_be_learned():
     """Inputs of rank 2 in 12 dimensions: what they do not span stays at the own weights."""
     torch.manual_seed(0)

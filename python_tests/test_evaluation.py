@@ -214,12 +214,15 @@ def test_command_refuses(tiny_llama, tmp_path_factory, tmp_path):
     for arguments, message in (
         ((folder, *options, "--prefill-depth", 0), "--prefill-depth is 0"),
         ((folder, *options, "--prefill-depth", 6), "--prefill-depth is 6, expected 1 to 5 of the model's 6 layers"),
-        ((folder, *options, "--method", "magic"), "'--method': 'magic' is not one of 'full', 'pop_uncalibrated'"),
+        (
+            (folder, *options, "--method", "magic"),
+            "'magic' is not one of 'full', 'pop_uncalibrated', 'pop_calibrated', 'last_layers_removed'",
+        ),
         ((folder, *options, "--method", "pop_calibrated"), "--method pop_calibrated needs a calibration"),
         ((folder, *options, "--prompt-tokens", 10000), "--prompt-tokens is 10000, expected at most"),
         ((folder, *options, "--prompts", 1000), "text.txt has"),
-        ((folder, "--text", tmp_path / "none.txt"), "'--text': File"),
-        ((folder, "--text", tmp_path), "'--text': File"),
+        ((folder, "--text", tmp_path / "none.txt"), "Invalid value for '--text'"),
+        ((folder, "--text", tmp_path), "Invalid value for '--text'"),
         ((tiny_llama, *options), "no tokenizer"),
         ((folder, *options, "--calibration", source), "not a calibration file"),
         ((folder, *options, "--plot", tmp_path / "p.doc"), "--plot"),

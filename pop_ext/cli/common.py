@@ -116,7 +116,9 @@ def with_options(message: str, names: list[str]) -> str:
     for name in names:
         option = f"--{name.replace('_', '-')}"
         # a word that can only be the argument, and is no part of a path; or what the message is about
-        pattern = rf"(?<![\w./-]){name}(?![\w/]|\.\w)" if "_" in name else rf"^{name}(?= (is|has) )"
+        pattern = (
+            rf"(?<![\w./-]){name}(?![\w/]|\.\w)" if "_" in name else rf"(?:^|(?<= and )){name}(?= (?:is|has|are|and) )"
+        )
         message = re.sub(pattern, option, message)
     return message
 

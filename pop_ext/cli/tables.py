@@ -61,7 +61,7 @@ def print_evaluation(rows: list[Fidelity], title: str, exact: bool = False) -> N
             kl_text(row),
             *(["" if row.method == "full" else excess] if baselines else []),
             top1_text(row),
-            f"{row.exact_answers:.0%}" if exact else f"{row.perplexity:.2f}",
+            f"{row.exact_answers:.0%}" if exact else f"{row.perplexity:.{0 if row.perplexity >= 1000 else 2}f}",
             speedup_text(row),
         )
     if baselines and console.width < 90:
