@@ -17,7 +17,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.engines import THREADS, Clock, random_prompt  # noqa: E402
+from bench.engines import THREADS, Clock, random_prompt
 
 
 def measure(args) -> list[dict]:

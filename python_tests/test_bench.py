@@ -108,6 +108,18 @@ def test_a_low_share_of_the_machine_is_said(folder, capsys):
         assert ("warning: 8 tokens at full depth reach" in capsys.readouterr().out) == said
 
 
+def test_attached_lines(folder):
+    command = [sys.executable, str(ROOT / "bench" / "attach.py"), str(folder), "--rounds", "2", "--prompt-tokens", "9"]
+    result = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = json.loads(result.stdout)
+    keys = [(line["attached"], line["prefill_depth"], line["prompt_tokens"]) for line in lines]
+    assert keys == [(False, 4, 9), (True, 3, 9), (True, 2, 9)]
+    assert lines[0]["relative"] == 1 and all(line["tokens_per_second"] > 0 for line in lines)
+    result = subprocess.run([*command, "--shares", "0.5"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "POP, 2 layers" in result.stdout and "plain, 4 layers" in result.stdout
+
+
 # As torch sees a processor whose instructions end with AVX2.
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
