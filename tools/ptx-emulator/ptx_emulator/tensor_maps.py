@@ -37,9 +37,9 @@ def tensor_map(
         b"cuTensorMapEncodeTiled", ctypes.byref(function), 12000, ctypes.c_ulonglong(0), ctypes.byref(status)
     )
     pointer, word, rank = ctypes.c_void_p, ctypes.c_uint32, len(sizes)
-    encode = ctypes.CFUNCTYPE(
-        ctypes.c_int, pointer, ctypes.c_int, word, *[pointer] * 5, *[ctypes.c_int] * 4
-    )(function.value)
+    encode = ctypes.CFUNCTYPE(ctypes.c_int, pointer, ctypes.c_int, word, *[pointer] * 5, *[ctypes.c_int] * 4)(
+        function.value
+    )
     storage = ctypes.create_string_buffer(192)
     aligned = (ctypes.addressof(storage) + 63) // 64 * 64
     code = encode(

@@ -41,10 +41,10 @@ uint64_t shared_offset(uint64_t address) {
 
 BulkProblem find_bulk_copy(const Warp& w, const Instruction& i, int lane, BulkCopy& c) {
   const auto misaligned = [](const std::string& what, uint64_t address, int alignment) {
-    return BulkProblem{kMisalignedAddress, "misaligned",
-                       what + " " + at_address(address) + " of a bulk copy is not a multiple of " +
-                           std::to_string(alignment),
-                       address};
+    return BulkProblem{
+        kMisalignedAddress, "misaligned",
+        what + " " + at_address(address) + " of a bulk copy is not a multiple of " + std::to_string(alignment),
+        address};
   };
   c.store = i.immediate & 1, c.tensor = i.count != 0;
   const uint64_t shared = shared_offset(address_of(w, i, kBulkShared, kBulkSharedOffset, lane)),

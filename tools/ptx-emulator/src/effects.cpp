@@ -90,8 +90,7 @@ bool Decoder::describe_asynchronous(InstructionEffects& effects) {
   if (s.opcode == "mbarrier" && !addresses_.empty()) {
     place(addresses_[0]);
     for (const Operand& o : s.operands)
-      if (o.kind == Operand::Kind::kAddress)
-        effects.address_constant = o.elements[0].kind != Operand::Kind::kRegister;
+      if (o.kind == Operand::Kind::kAddress) effects.address_constant = o.elements[0].kind != Operand::Kind::kRegister;
     effects.touch = Touch::kMbarrier, effects.element = 8, effects.elements = 1;
     effects.release = !has(s, "relaxed"), effects.acquire = !has(s, "relaxed");
     if (effects.flow != Flow::kNone) effects.flow = Flow::kFine;
@@ -167,8 +166,8 @@ void Decoder::describe_effects() {
       "call",    "membar",        "fence",    "prefetch",   "prefetchu",     "trap", "brkpt", "nanosleep",
       "discard", "applypriority", "pmevent",  "setmaxnreg", "griddepcontrol"};
   const bool barrier = op == "bar" || op == "barrier";
-  const bool counts = op == "mbarrier" && (has(s, "init") || has(s, "inval") || s.modifiers[0] == "expect_tx" ||
-                                           has(s, "complete_tx"));
+  const bool counts =
+      op == "mbarrier" && (has(s, "init") || has(s, "inval") || s.modifiers[0] == "expect_tx" || has(s, "complete_tx"));
   const bool writes = std::find(std::begin(kNoDestination), std::end(kNoDestination), op) == std::end(kNoDestination) &&
                       !(barrier && !has(s, "red")) && !counts;
   for (size_t k = 0; k < s.operands.size(); ++k) {

@@ -45,8 +45,8 @@ enum class Touch : uint8_t {
   kBulkCopy,
   kBulkCommit,
   kBulkWait,
-  kProxyFence,      // between the generic and the asynchronous proxy
-  kMultiplyAsync,   // wgmma.mma_async, and what orders it
+  kProxyFence,     // between the generic and the asynchronous proxy
+  kMultiplyAsync,  // wgmma.mma_async, and what orders it
   kMultiplyFence,
   kMultiplyCommit,
   kMultiplyWait,

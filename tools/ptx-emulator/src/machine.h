@@ -41,10 +41,20 @@ struct Work;
 using Handler = void (*)(Warp&, const Instruction&);
 
 // What the scheduler does with an instruction; everything but control flow and waiting is kPlain.
-enum class Kind : uint8_t { kPlain, kBranch, kBranchIndirect, kReturn, kExit, kCall, kBarrier, kWarpSync, kSleep,
-                           kSignal,      // may end a phase of an mbarrier
-                           kWait,        // goes on where its predicate came out true, and waits for a phase otherwise
-                           kRegisters }; // setmaxnreg
+enum class Kind : uint8_t {
+  kPlain,
+  kBranch,
+  kBranchIndirect,
+  kReturn,
+  kExit,
+  kCall,
+  kBarrier,
+  kWarpSync,
+  kSleep,
+  kSignal,  // may end a phase of an mbarrier
+  kWait,    // goes on where its predicate came out true, and waits for a phase otherwise
+  kRegisters
+};  // setmaxnreg
 
 struct Instruction {
   Handler run = nullptr;
@@ -225,10 +235,10 @@ struct Warp {
   uint64_t issued = 0;  // warp instructions so far: also its clock
   Block* block = nullptr;
   const Instruction* current = nullptr;
-  Frame* frame = nullptr;        // current
-  WarpShadow* shadow = nullptr;  // of a checked launch (checks/shadow.h)
+  Frame* frame = nullptr;                // current
+  WarpShadow* shadow = nullptr;          // of a checked launch (checks/shadow.h)
   MbarrierObserver* observer = nullptr;  // of a checked launch
-  uint32_t phases = 0;           // of mbarriers that its instructions ended, since the scheduler last looked
+  uint32_t phases = 0;                   // of mbarriers that its instructions ended, since the scheduler last looked
 
   // What the scheduler uses.
   uint64_t writes = 0;   // stores, and atomics that changed something

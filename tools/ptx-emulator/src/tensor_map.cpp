@@ -55,7 +55,8 @@ MapResult make_tensor_map(const TiledMap& given, TensorMap& map, std::string& pr
     if (d && (given.strides[d - 1] % 16 || given.strides[d - 1] >= uint64_t{1} << 40))
       return invalid(is(at("globalStrides", d - 1), given.strides[d - 1], "a multiple of 16 below 2^40"));
     if (given.box[d] == 0 || given.box[d] > 256) return invalid(is(at("boxDim", d), given.box[d], "1 to 256"));
-    if (given.steps[d] == 0 || given.steps[d] > 8) return invalid(is(at("elementStrides", d), given.steps[d], "1 to 8"));
+    if (given.steps[d] == 0 || given.steps[d] > 8)
+      return invalid(is(at("elementStrides", d), given.steps[d], "1 to 8"));
     map.sizes[d] = given.sizes[d];
     if (d) map.strides[d - 1] = given.strides[d - 1];
     map.box[d] = static_cast<uint16_t>(given.box[d]), map.steps[d] = static_cast<uint8_t>(given.steps[d]);

@@ -38,9 +38,7 @@ struct TensorMap {
   bool valid() const { return mark == kMark; }
   uint32_t box_bytes() const;
   // Elements of the box along a dimension.
-  uint32_t extent(int dimension) const {
-    return (uint32_t{box[dimension]} + steps[dimension] - 1) / steps[dimension];
-  }
+  uint32_t extent(int dimension) const { return (uint32_t{box[dimension]} + steps[dimension] - 1) / steps[dimension]; }
   static constexpr uint64_t kMark = 0x70614d726f736e54;
 };
 static_assert(sizeof(TensorMap) <= 128);

@@ -7,6 +7,14 @@
 
 namespace ptx_emulator {
 
+struct Warp;
+
+// A wgmma is one operation of four warps: none of it is over before all four have come to it. Groups are counted by
+// their commits: `commit_multiplications` says whether others may wait for this one, `multiplications_over` whether
+// all four warps have committed all but the newest groups of this warp.
+bool commit_multiplications(Warp& w);
+bool multiplications_over(const Warp& w, int64_t newest);
+
 // A matrix in shared memory. `rows`: of A, or columns of B; k: the direction that is summed over.
 struct MatrixDescriptor {
   uint32_t start, leading, stride;  // bytes

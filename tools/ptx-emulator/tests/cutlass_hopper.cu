@@ -1,15 +1,15 @@
 // A CUTLASS 3.x GEMM for sm_90a, TMA and wgmma, chosen by macros, against float64: D = A B, A row-major, B
 // column-major. Arguments: M N K repetitions.
-#include <cutlass/epilogue/collective/collective_builder.hpp>
-#include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
-#include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <random>
 #include <vector>
 

@@ -1,6 +1,7 @@
 // D = A B for sm_90a in its own words: A [m, k], B [n, k], D [m, n], bf16. A producer warp fills a ring of tiles by
 // TMA, two warpgroups multiply 64 x 128 each, and D goes out by TMA again. Persistent.
 #include <cuda_bf16.h>
+
 #include <cstdint>
 
 namespace {
@@ -14,7 +15,8 @@ struct alignas(64) Map {
 __device__ uint32_t shared(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 __device__ void wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
-      "{ .reg .pred done; WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra WAIT; }" ::"r"(barrier),
+      "{ .reg .pred done; WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra WAIT; }" ::"r"(
+          barrier),
       "r"(parity)
       : "memory");
 }
@@ -23,7 +25,8 @@ __device__ void arrive(uint32_t barrier) {
 }
 __device__ void load(const Map& map, uint32_t barrier, uint32_t to, int x, int y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          to),
       "l"(&map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
 }
@@ -32,7 +35,9 @@ __device__ uint64_t descriptor(uint32_t at) {
   return uint64_t{(at & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }
 
-#define EIGHT(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define EIGHT(d, i)                                                                                           \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 __device__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int keeps) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
@@ -45,9 +50,8 @@ __device__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int keeps) {
 }
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    gemm(const __grid_constant__ Map a, const __grid_constant__ Map b, const __grid_constant__ Map out, int m, int n,
-         int k) {
+extern "C" __global__ void __launch_bounds__(384, 1) gemm(const __grid_constant__ Map a, const __grid_constant__ Map b,
+                                                          const __grid_constant__ Map out, int m, int n, int k) {
   extern __shared__ __align__(1024) unsigned char tiles[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
   const uint32_t base = shared(tiles), full = shared(barriers), empty = full + 8 * kStages;
@@ -90,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     for (int step = 0; step < steps; ++step, advance()) {
       wait(full + 8 * stage, parity);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-      const uint64_t ad = descriptor(base + stage * kA + group * 64 * 128), bd = descriptor(base + kStages * kA + stage * kB);
+      const uint64_t ad = descriptor(base + stage * kA + group * 64 * 128),
+                     bd = descriptor(base + kStages * kA + stage * kB);
 #pragma unroll
       for (int i = 0; i < kDepth / 16; ++i) multiply(d, ad + 2 * i, bd + 2 * i, step + i);
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");

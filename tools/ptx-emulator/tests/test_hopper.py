@@ -82,7 +82,10 @@ def test_mbarrier_counts_bytes():
         ("mbarrier.arrive.shared::cta.b64 _, [%bar];", "not initialised"),
         ("mbarrier.init.shared::cta.b64 [%bar], 0;", "count"),
         ("mbarrier.init.shared::cta.b64 [%bar], 1; mbarrier.arrive.shared::cta.b64 _, [%bar], 2;", "more arrivals"),
-        ("mbarrier.init.shared::cta.b64 [%bar], 1; mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%bar], 1048576;", "more bytes"),
+        (
+            "mbarrier.init.shared::cta.b64 [%bar], 1; mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%bar], 1048576;",
+            "more bytes",
+        ),
         ("mbarrier.init.shared::cta.b64 [%bar], 1;" + wait(), "waits for a phase of an mbarrier"),
         ("mbarrier.init.shared::cta.b64 [%bar+4], 1;", "misaligned"),
         ("mapa.shared::cluster.u32 %r1, %bar, 1;", "cluster of one"),
@@ -277,7 +280,20 @@ def test_malformed_tensor_maps_are_refused(change):
     with pytest.raises(ptx_emulator.EmulatorError) as error:
         ptx_emulator.tensor_map(**arguments)
     assert error.value.code == 1
-    ptx_emulator.tensor_map(**(arguments | {"address": 1 << 20, "data_type": 1, "sizes": [64, 20], "strides": [128], "box": [32, 4], "steps": [1, 1], "fill": 0}))
+    ptx_emulator.tensor_map(
+        **(
+            arguments
+            | {
+                "address": 1 << 20,
+                "data_type": 1,
+                "sizes": [64, 20],
+                "strides": [128],
+                "box": [32, 4],
+                "steps": [1, 1],
+                "fill": 0,
+            }
+        )
+    )
 
 
 def test_wrong_tensor_maps_fail():
@@ -292,7 +308,9 @@ def test_wrong_tensor_maps_fail():
 class Multiplication:
     """wgmma of one tile: `names` are the types of D, A and B."""
 
-    def __init__(self, n, names, make, depth, swizzle=128, a_turned=False, b_turned=False, registers=False, scale=1, signs=(1, 1)):
+    def __init__(
+        self, n, names, make, depth, swizzle=128, a_turned=False, b_turned=False, registers=False, scale=1, signs=(1, 1)
+    ):
         rng = np.random.default_rng(n)
         self.a, self.b = rng.integers(-4, 5, (64, depth)), rng.integers(-4, 5, (n, depth))
         if "u8" in names:
@@ -308,7 +326,11 @@ class Multiplication:
         d = [f"%d{k}" for k in range(count)]
         a_operand = "{%r70, %r71, %r72, %r73}" if registers else "%x1"
         fragments = np.concatenate([fragment(a[16 * w : 16 * w + 16], 2) for w in range(4)], axis=1)
-        fragments = np.ascontiguousarray(fragments).view(np.uint32).reshape(-1, 128) if registers else np.zeros((4, 128), np.uint32)
+        fragments = (
+            np.ascontiguousarray(fragments).view(np.uint32).reshape(-1, 128)
+            if registers
+            else np.zeros((4, 128), np.uint32)
+        )
         immediates = f", {signs[0]}, {signs[1]}" if floats else ""
         if make in (bf16, half_floats):
             immediates += ("" if registers else f", {int(a_turned)}") + f", {int(b_turned)}"
@@ -386,7 +408,7 @@ def test_wgmma_descriptor_outside_of_shared_memory():
     d = ", ".join(f"%f{k}" for k in range(4))
     with pytest.raises(ptx_emulator.EmulatorError, match="descriptor of B leads to shared address"):
         kernel(
-            f"mov.u64 %x1, 0; mov.u64 %x2, {0x3fff | 8 << 16 | 8 << 32}; setp.eq.u32 %q1, 1, 1; wgmma.fence.sync.aligned;"
+            f"mov.u64 %x1, 0; mov.u64 %x2, {0x3FFF | 8 << 16 | 8 << 32}; setp.eq.u32 %q1, 1, 1; wgmma.fence.sync.aligned;"
             f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{d}}}, %x1, %x2, %q1, 1, 1, 0, 0;",
             0,
         )(1, 128, 0)

@@ -47,8 +47,7 @@ bool LaunchChecker::allow_bulk(Warp& w, const InstructionEffects& k, const BulkC
   return allowed;
 }
 
-void LaunchChecker::touch_bulk(Warp& w, const InstructionEffects& k, const BulkCopy& c, uint32_t lane,
-                               uint32_t epoch) {
+void LaunchChecker::touch_bulk(Warp& w, const InstructionEffects& k, const BulkCopy& c, uint32_t lane, uint32_t epoch) {
   const uint32_t thread = w.index * kLanes + lane, lanes = 1u << lane;
   const Proxy shared{real_warps_ + (c.store ? kStores : kLoads), c.store ? of_reads(thread) : of_mbarrier(c.barrier),
                      epoch};
@@ -113,14 +112,13 @@ bool LaunchChecker::bulk_copy(Warp& w, const Instruction& i, const InstructionEf
         else if (there)
           std::memcpy(there, here, bytes);
       });
-    const bool now = settings.schedule == Schedule::kRoundRobin ||
-                     (settings.schedule == Schedule::kRandom && random_() % 3 == 0);
+    const bool now =
+        settings.schedule == Schedule::kRoundRobin || (settings.schedule == Schedule::kRandom && random_() % 3 == 0);
     if (!now && !c.store && settings.schedule == Schedule::kAdversarial)
       for_each_piece(c, [&](uint32_t at, uint64_t, uint32_t bytes) { std::memset(w.shared + at, 0xff, bytes); });
     b.bulk.push_back(bulk);
     if (now) land(b, b.bulk.back());
   }
-  std::erase_if(b.bulk, [](const PendingBulk& bulk) { return bulk.landed && !bulk.copy.store; });
   return false;
 }
 
@@ -169,7 +167,6 @@ bool LaunchChecker::land_bulk(BlockShadow& b) {
     if (!bulk.landed) flying.push_back(&bulk);
   if (flying.empty()) return false;
   land(b, *flying[settings.schedule == Schedule::kRandom ? random_() % flying.size() : 0]);
-  std::erase_if(b.bulk, [](const PendingBulk& bulk) { return bulk.landed && !bulk.copy.store; });
   return true;
 }
 
@@ -192,11 +189,11 @@ void LaunchChecker::bulk_wait(Warp& w, const InstructionEffects& k) {
     });
 }
 
-// What is left when the block is over: a store must have read shared memory by then, a load must have landed.
+// What is left when the block is over: a store must have read shared memory by then, and someone must have seen the
+// phase end that a load belongs to.
 void LaunchChecker::end_block(BlockShadow& b) {
   for (PendingBulk& bulk : b.bulk) {
-    const bool lost = bulk.copy.store ? !bulk.read_waited : !bulk.landed;
-    if (lost && (settings.checks & kCheckRace) && once(kPending, bulk.instruction, 0)) {
+    if (!bulk.read_waited && (settings.checks & kCheckRace) && once(kPending, bulk.instruction, 0)) {
       Finding f;
       f.rule = "async-pending", f.message = "a bulk copy was not waited for when its block ended";
       f.spot = spot_of(b.first_warp + bulk.warp, bulk.instruction, bulk.lane), f.space = "shared";

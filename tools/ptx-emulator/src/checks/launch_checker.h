@@ -170,7 +170,7 @@ class LaunchChecker : public MbarrierObserver {
   uint64_t version_ = 0;
   Region* last_region_ = nullptr;
   const Proxy* proxy_ = nullptr;  // who makes the accesses at hand, if no thread
-  uint32_t refused_ = 0;  // lanes of the last access that may not be
+  uint32_t refused_ = 0;          // lanes of the last access that may not be
   std::vector<Ticket> tickets_;
   std::vector<uint32_t> ticket_places_;                        // the instruction of each
   const std::vector<std::shared_ptr<const Work>> concurrent_;  // that no order is known to

@@ -46,8 +46,8 @@ bool LaunchChecker::mbarrier(Warp& w, int lane, uint32_t at, MbarrierUse use, co
   const auto known = b.mbarriers.find(at);
   if (use == MbarrierUse::kInit) {
     if (change.arrivals == 0 || change.arrivals > Mbarrier::kMost)
-      return wrong(name + " is initialised with a count of " + std::to_string(change.arrivals) +
-                   ", expected 1 to " + std::to_string(Mbarrier::kMost));
+      return wrong(name + " is initialised with a count of " + std::to_string(change.arrivals) + ", expected 1 to " +
+                   std::to_string(Mbarrier::kMost));
     if (known != b.mbarriers.end() && !known->second.waiting.empty())
       return wrong(name + " is initialised again while threads wait at it");
     b.mbarriers[at] = {};
@@ -78,6 +78,7 @@ bool LaunchChecker::mbarrier(Warp& w, int lane, uint32_t at, MbarrierUse use, co
         wrong("a thread that waits for a phase of " + name + " is a whole phase behind: the next one is over, too");
     }
     if (over) {
+      std::erase_if(b.bulk, [&](const PendingBulk& p) { return p.landed && !p.copy.store && p.copy.barrier == at; });
       if (races && k.acquire && state.completed) learn(l, 1u << lane, state.completed);
     } else {
       state.waiting[thread] = state.phase;

@@ -75,16 +75,15 @@ void LaunchChecker::race(Warp& w, const InstructionEffects& k, const Word& word,
   if (word.region) f.allocation = region_name(*word.region);
   const char* const who = e.warp == w.shadow->id && e.lanes == word.lanes ? "the same thread" : "another thread";
   const auto agent = [](bool copy, uint32_t proxy_warp) {
-    return std::string(copy                             ? "an asynchronous copy"
-                       : proxy_warp == kMultiplications ? "a wgmma"
-                                                        : "a bulk copy");
+    return std::string(copy ? "an asynchronous copy" : proxy_warp == kMultiplications ? "a wgmma" : "a bulk copy");
   };
-  f.message = (async || proxy_ ? agent(async, proxy_ ? proxy_->warp - real_warps_ : 0) + " " : "") + (write ? "writes " : "reads ") + f.space +
-              " address " + (shared ? std::to_string(word.at) : hex(word.at)) + ", which " +
-              (e.info & kAsync || theirs
-                   ? agent(e.info & kAsync, (e.warp - first_warp_) % warps_ - real_warps_) + " of " + who
-                   : who) +
-              (e.info & kWrite ? " writes" : " reads") + ", without order between them";
+  f.message =
+      (async || proxy_ ? agent(async, proxy_ ? proxy_->warp - real_warps_ : 0) + " " : "") +
+      (write ? "writes " : "reads ") + f.space + " address " + (shared ? std::to_string(word.at) : hex(word.at)) +
+      ", which " +
+      (e.info & kAsync || theirs ? agent(e.info & kAsync, (e.warp - first_warp_) % warps_ - real_warps_) + " of " + who
+                                 : who) +
+      (e.info & kWrite ? " writes" : " reads") + ", without order between them";
   f.second_role = e.info & kWrite ? "written at" : "read at";
   if (const Proxy* const proxy = proxy_) {
     proxy_ = nullptr;
@@ -102,8 +101,7 @@ void LaunchChecker::race(Warp& w, const InstructionEffects& k, const Word& word,
       warp = warp - (warp - first_warp_) % warps_ + issuer / kLanes, thread = issuer % kLanes;
     }
     f.second = spot_of(warp, instruction, thread);
-  }
-  else if (const Work* const work = concurrent(e.warp))
+  } else if (const Work* const work = concurrent(e.warp))
     f.second = spot_of_work(*work, e.warp, instruction, first(e.lanes)), f.message += " on another stream";
   Findings::instance().add(std::move(f));
 }
@@ -153,7 +151,10 @@ void LaunchChecker::race_with_readers(Warp& w, const InstructionEffects& k, cons
 void LaunchChecker::touch_word(Warp& w, const InstructionEffects& k, const Word& word, bool write, Strength strength,
                                bool async, uint32_t ticket, bool shared) {
   WarpShadow& l = *w.shadow;
-  const Stamp mine{proxy_ ? l.block->first_warp + proxy_->warp : l.id, proxy_ ? proxy_->epoch : async ? ticket : l.clock,
+  const Stamp mine{proxy_ ? l.block->first_warp + proxy_->warp : l.id,
+                   proxy_  ? proxy_->epoch
+                   : async ? ticket
+                           : l.clock,
                    proxy_ ? 1u << proxy_->thread : word.lanes,
                    word.bytes | (write ? kWrite : 0) | static_cast<uint32_t>(strength) << kStrengthShift |
                        (async ? kAsync : 0) | k.id << kIdShift};

@@ -77,7 +77,8 @@ struct PendingBulk {
   uint32_t group;       // of a store
   uint32_t epoch;       // of its accesses of shared memory; a store's of global memory have the next
   uint32_t instruction;
-  bool landed, read_waited;
+  bool landed;
+  bool read_waited;  // a store whose reads were waited for
 };
 
 struct MbarrierShadow {

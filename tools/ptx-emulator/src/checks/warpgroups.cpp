@@ -113,15 +113,19 @@ bool LaunchChecker::multiply(Warp& w, const Instruction& i, const InstructionEff
 
 void LaunchChecker::multiply_wait(Warp& w, const InstructionEffects& k) {
   WarpShadow& l = *w.shadow;
-  follow_warpgroup(w, k);
   const auto over = [&](uint32_t group) { return int64_t{group} < int64_t{l.multiply_committed} - k.groups; };
-  uint32_t epoch = 0;
-  std::erase_if(l.multiplications, [&](const auto& m) {
-    if (over(m.first)) epoch = std::max(epoch, m.second);
-    return over(m.first);
-  });
   std::erase_if(l.in_flight, [&](const auto& entry) { return over(entry.second.group); });
-  if (epoch) learn(l, w.active, kMultiplications, w.index % kLanes, epoch);
+  if (!(settings.checks & kCheckRace)) return;
+  // The whole warpgroup's are over: this comes again when the other warps have come so far.
+  const uint32_t group = w.index / 4 * 4;
+  for (uint32_t k = group; k < std::min(group + 4, real_warps_); ++k) {
+    uint32_t epoch = 0;
+    for (const auto& [number, at] : l.block->warps[k]->multiplications)
+      if (over(number)) epoch = std::max(epoch, at);
+    if (epoch) learn(l, w.active, kMultiplications, k % kLanes, epoch);
+  }
+  constexpr size_t kKept = 256;
+  if (auto& all = l.multiplications; all.size() > 2 * kKept) all.erase(all.begin(), all.end() - kKept);
 }
 
 // Never-written elements spoil the rows of A and the columns of B that they lie in, accumulators themselves.

@@ -91,7 +91,8 @@ void LaunchCounts::bulk(Counter& c, const std::vector<std::pair<uint64_t, uint32
     footprint = region->footprint.reserve(region->bytes);
   }
   for (const auto& [at, size] : pieces) {
-    const uint64_t sector = std::max(at / 32, at / 32 < next_sector && next_sector - at / 32 < 4 ? next_sector : at / 32);
+    const uint64_t sector =
+        std::max(at / 32, at / 32 < next_sector && next_sector - at / 32 < 4 ? next_sector : at / 32);
     const uint64_t end = (at + size + 31) / 32, sectors = end > sector ? end - sector : 0;
     next_sector = end;
     c.sectors += sectors, c.bytes += size;

@@ -1,6 +1,5 @@
 // Bulk copies (PTX ISA 9.7.9.25, 9.7.9.27): they land at once, which is one of the orders that the ISA allows.
 #include "bulk_copy.h"
-
 #include "lanes.h"
 #include "mbarrier.h"
 
@@ -86,9 +85,7 @@ void copy_bulk(Decoder& d) {
   m.take("tile");
   // The spaces come in the order of the text: what is written first.
   const auto& names = d.statement().modifiers;
-  const auto at = [&](std::string_view name) {
-    return std::find(names.begin(), names.end(), name) - names.begin();
-  };
+  const auto at = [&](std::string_view name) { return std::find(names.begin(), names.end(), name) - names.begin(); };
   const bool store = at("global") < std::min(at("shared::cta"), at("shared::cluster"));
   if (!m.take("global") || m.take_one({"shared::cta", "shared::cluster"}) < 0)
     d.fail("bulk copies go between .global and .shared::cta or .shared::cluster");

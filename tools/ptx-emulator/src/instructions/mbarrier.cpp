@@ -1,6 +1,7 @@
 // mbarriers (PTX ISA 9.7.13.15): objects in shared memory that count arrivals and the bytes of asynchronous copies.
-#include "lanes.h"
 #include "mbarrier.h"
+
+#include "lanes.h"
 
 namespace ptx_emulator {
 namespace PTX_ISA {
@@ -80,7 +81,8 @@ void count_run(Warp& w, const Instruction& i) {
     const bool counted = kUse != MbarrierUse::kCopiesArrive || i.target;
     const auto outcome =
         b.apply(counted ? change.arrivals : 0, change.bytes, change.dropped, kUse != MbarrierUse::kExpect);
-    if (outcome == Mbarrier::Outcome::kTooManyArrivals) fault("more arrivals than the phase waits for, mbarrier", at, l);
+    if (outcome == Mbarrier::Outcome::kTooManyArrivals)
+      fault("more arrivals than the phase waits for, mbarrier", at, l);
     if (outcome == Mbarrier::Outcome::kTooManyBytes) fault("more bytes than an mbarrier counts", at, l);
     store(p, b);
     ++w.writes;
@@ -100,8 +102,8 @@ void wait_run(Warp& w, const Instruction& i) {
     const int l = first_lane(m);
     uint32_t at;
     const Mbarrier b = load(object(w, i, l, at));
-    const uint32_t parity = i.target ? w.lanes<uint32_t>(i.slots[kOperand])[l]
-                                     : Mbarrier(w.lanes<uint64_t>(i.slots[kOperand])[l]).parity();
+    const uint32_t parity =
+        i.target ? w.lanes<uint32_t>(i.slots[kOperand])[l] : Mbarrier(w.lanes<uint64_t>(i.slots[kOperand])[l]).parity();
     if (!b.valid() && !w.observer) fault("an mbarrier that was not initialised", at, l);
     const bool over = b.parity() != (parity & 1);
     if (w.observer && !w.observer->mbarrier(w, l, at, kUse, {0, over, parity})) {  // goes on as if the phase were over
@@ -133,8 +135,8 @@ void take_semantics(Decoder& d) {
 void mbarrier(Decoder& d) {
   auto& m = d.modifiers();
   const uint32_t none = d.constant(0, 4);
-  const int what = m.take_one({"init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx", "test_wait",
-                               "try_wait", "pending_count"});
+  const int what = m.take_one(
+      {"init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx", "test_wait", "try_wait", "pending_count"});
   if (what == 8) {  // of the state before an arrival
     if (!m.take("b64")) d.fail("mbarrier needs .b64");
     d.expect_operands(2, 2);

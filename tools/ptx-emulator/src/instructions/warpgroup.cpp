@@ -117,8 +117,8 @@ void multiply_run(Warp& w, const Instruction& i) {
         if (!(w.active >> l & 1)) continue;
         const Acc* from = &c[8 * half + static_cast<uint32_t>(l) / 4][tile * 8 + static_cast<uint32_t>(l) % 4 * 2];
         if constexpr (kHalf) {
-          w.lanes<uint32_t>(ds[at])[l] =
-              narrow<Half>(from[0]).bits | static_cast<uint32_t>(narrow<Half>(from[1]).bits) << 16;
+          w.lanes<uint32_t>(ds[at])[l] = narrow<Half>(from[0]).bits | static_cast<uint32_t>(narrow<Half>(from[1]).bits)
+                                                                          << 16;
         } else {
           w.lanes<Acc>(ds[at])[l] = from[0], w.lanes<Acc>(ds[at + 1])[l] = from[1];
         }
@@ -210,7 +210,7 @@ void multiply(Decoder& d) {
   d.emit(handler, slots, form.immediate());
 }
 
-// fence, commit_group and wait_group order what the emulator does in order.
+// A warp multiplies at once; what is left to wait for are the other warps.
 void warpgroup(Decoder& d) {
   auto& m = d.modifiers();
   if (d.module_target() != "sm_90a") d.fail("wgmma needs .target sm_90a");
@@ -220,7 +220,17 @@ void warpgroup(Decoder& d) {
   d.expect_operands(what == 3, what == 3);
   if (what == 3 && (d.operand(0).kind != Operand::Kind::kInteger || d.operand(0).bits > 7))
     d.fail("the number of groups must be 0 to 7");
-  d.emit([](Warp&, const Instruction&) {}, {});
+  if (what == 1) {
+    d.emit([](Warp&, const Instruction&) {}, {});
+  } else if (what == 2) {
+    d.emit([](Warp& w, const Instruction&) { w.phases += commit_multiplications(w); }, {}).kind = Kind::kSignal;
+  } else {
+    const uint32_t over = d.temporary(0);
+    d.emit([](Warp& w,
+              const Instruction& i) { w.predicate(i.slots[1]) = multiplications_over(w, i.immediate) ? ~0u : 0; },
+           {over, over}, static_cast<int64_t>(d.operand(0).bits))
+        .kind = Kind::kWait;
+  }
 }
 
 }  // namespace

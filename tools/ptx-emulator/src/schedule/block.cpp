@@ -352,7 +352,8 @@ bool Block::run() {
     if (!any) {
       bool released = false;
       for (auto& w : warps) released |= release_joins(*w);
-      if (!released && !time_out()) throw KernelFault{kLaunchTimeout, "deadlock: no thread of the block can run" + where()};
+      if (!released && !time_out())
+        throw KernelFault{kLaunchTimeout, "deadlock: no thread of the block can run" + where()};
     }
     if (spinning) ++fruitless;
     if (spinning || (++slices & 7) == 0) {

@@ -43,9 +43,10 @@ struct Block {
   AlignedBytes shared;
   uint32_t shared_bytes = 0;
   std::array<Barrier, 16> barriers;
-  std::vector<Waiting> waits;    // for an mbarrier's phase, or registers
-  uint64_t timed_out = 0;       // writes() + 1 when they last waited for too long
-  uint32_t free_registers = 0;  // of a thread of a warp, that setmaxnreg gave back
+  std::vector<Waiting> waits;            // for an mbarrier's phase, or registers
+  uint64_t timed_out = 0;                // writes() + 1 when they last waited for too long
+  std::vector<int64_t> multiplications;  // groups of wgmma that each warp has committed
+  uint32_t free_registers = 0;           // of a thread of a warp, that setmaxnreg gave back
   uint32_t live = 0;
   uint64_t fruitless = 0;  // slices spent in spins since the grid last changed
   uint64_t seen_writes = 0;

@@ -42,6 +42,7 @@ void Block::reset(uint64_t new_index) {
   for (Barrier& b : barriers) b = Barrier{};
   waits.clear();
   timed_out = 0;
+  multiplications.assign(grid->warps, 0);
   free_registers = 0;
   const uint32_t registers =
       grid->request.kernel->sets_registers ? launch_registers(*grid->request.kernel, grid->threads) : 0;

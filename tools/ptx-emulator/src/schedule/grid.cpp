@@ -225,8 +225,7 @@ LaunchResult run_grid(const LaunchRequest& request) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   grid.checker = std::make_unique<LaunchChecker>(grid.request, grid.warps, launch_settings());
-  grid.checker->set_memory(grid.parameters.get(), parameter_bytes, grid.workspace,
-                           sizeof(grid.workspace));
+  grid.checker->set_memory(grid.parameters.get(), parameter_bytes, grid.workspace, sizeof(grid.workspace));
   const std::pair<uint32_t, uint32_t> warps = grid.checker->warps();
   Pool::instance().run(grid, 1);
   std::fflush(stdout);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "schedule/block.h"
+#include "wgmma.h"
 
 namespace ptx_emulator {
 
@@ -22,7 +23,8 @@ bool Block::time_out() {
   bool any = false;
   std::vector<Waiting> stay;
   for (Waiting& entry : waits) {
-    if (entry.instruction->kind != Kind::kWait) {
+    if (entry.instruction->kind != Kind::kWait ||
+        entry.instruction->count != static_cast<uint16_t>(MbarrierUse::kTry)) {
       stay.push_back(entry);
       continue;
     }
@@ -32,6 +34,19 @@ bool Block::time_out() {
   }
   waits = std::move(stay);
   return any;
+}
+
+bool commit_multiplications(Warp& w) {
+  ++w.block->multiplications[w.index];
+  return !w.block->waits.empty();
+}
+
+bool multiplications_over(const Warp& w, int64_t newest) {
+  const Block& b = *w.block;
+  const size_t first = w.index / 4 * 4;
+  for (size_t k = first; k < std::min(first + 4, b.warps.size()); ++k)
+    if (b.warps[k]->live && b.multiplications[k] < b.multiplications[w.index] - newest) return false;
+  return true;
 }
 
 // setmaxnreg: gives registers back to the block, or takes them from what others gave back. False: there are too few.
