@@ -54,8 +54,10 @@ def tensors_fingerprint(
         table = {}
         for name, keys in (names | {key: (key,) for key in entries if key not in parts}).items():
             if keys[0] in entries:
-                entry = [entries[key] for key in keys]
-                table[name] = gain(*entry, spec.norm_offset) if "norm" in name else weight(*entry)
+                if "norm" in name:
+                    table[name] = gain(entries[name], spec.norm_offset)
+                else:
+                    table[name] = weight(*(entries[key] for key in keys))
         return table
 
     def tables():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ def detach(model):
     return model
 
 
-def _check_model(model) -> tuple[nn.Module, ModelSpec]:
+def _check_model(model) -> tuple[Any, ModelSpec]:
     """The decoder and what it computes. ValueError names what POP cannot be attached to."""
     if not any(kind.__name__ in ARCHITECTURES for kind in type(model).__mro__):
         raise ValueError(f"model is a {type(model).__name__}, expected one of {', '.join(ARCHITECTURES)}")
@@ -99,7 +100,7 @@ def _check_model(model) -> tuple[nn.Module, ModelSpec]:
     for index, layer in enumerate(decoder.layers):
         for name in ("k_proj", "v_proj"):
             module = getattr(layer.self_attn, name)
-            weight = getattr(module, "weight", None)
+            weight: Any = getattr(module, "weight", None)
             if type(module) is not nn.Linear or type(weight.detach()) is not Tensor or not weight.is_floating_point():
                 what = type(module if type(module) is not nn.Linear else weight.detach()).__name__
                 raise ValueError(
@@ -113,7 +114,7 @@ def _check_model(model) -> tuple[nn.Module, ModelSpec]:
     return decoder, spec
 
 
-def _check_attention(decoder: nn.Module) -> None:
+def _check_attention(decoder) -> None:
     if decoder.config._attn_implementation not in ATTENTION:
         raise ValueError(
             f"attn_implementation is {decoder.config._attn_implementation}, expected {' or '.join(ATTENTION)}: a "
@@ -125,7 +126,7 @@ def _choices(calibration: Calibration | None, path) -> str:
     return "" if calibration is None else f"; {path} has {', '.join(map(str, calibration.depths))}"
 
 
-def _load_calibration(path: str | Path, model, decoder: nn.Module, spec: ModelSpec) -> Calibration:
+def _load_calibration(path: str | Path, model, decoder, spec: ModelSpec) -> Calibration:
     """A calibration file, if it was made for these weights."""
     calibration = Calibration.load(path, spec, decoder.layers[0].self_attn.k_proj.weight.dtype)
 
@@ -281,7 +282,7 @@ class _Turn:
 
         return forward
 
-    def layer(self, index: int, plain: Callable, hidden: Tensor, attention_mask=None, position_embeddings=None,
+    def layer(self, index: int, plain: Callable, hidden: Tensor, attention_mask=None, position_embeddings: Any = None,
               position_ids=None, **kwargs) -> Tensor:  # fmt: skip
         """Layer P + index for the deep tokens among hidden [B, T, D]; from layer P + 1 on it holds no others."""
         if index == 0:

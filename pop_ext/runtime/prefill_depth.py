@@ -31,8 +31,9 @@ def parse_depth(text: str) -> float:
 def layers_of(text: str, layers: int) -> int:
     """A prefill depth in layers, of a model of `layers` whose prompts it truncates."""
     depth = parse_depth(text)
-    if isinstance(depth, float) and 0 < depth <= 1:
-        depth = max(1, int(depth * layers + 0.5))
-    if depth not in range(1, layers):
-        raise ValueError(f"prefill_depth is {text}, expected 1 to {layers - 1} layers, or their share")
-    return depth
+    found = resolve_depth(depth, layers) if isinstance(depth, float) and 0 < depth <= 1 else depth
+    if found not in range(1, layers):
+        raise ValueError(
+            f"prefill_depth is {text}, expected 1 to {layers - 1} of the model's {layers} layers, or their share"
+        )
+    return int(found)

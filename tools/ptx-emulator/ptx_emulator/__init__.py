@@ -13,6 +13,7 @@ from .counts import count, counts, module_text, report
 from .kernels import Kernel, Module, load
 from .library import EmulatorError, library_path, runtime
 from .memory import empty, host_reads, register, registered, unregister
+from .tensor_maps import device, tensor_map
 from .torch_ops import TorchOps, torch_ops
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "clear",
     "count",
     "counts",
+    "device",
     "empty",
     "expect_stream",
     "findings",
@@ -38,6 +40,7 @@ __all__ = [
     "report",
     "runtime",
     "schedule",
+    "tensor_map",
     "torch_ops",
     "unregister",
 ]

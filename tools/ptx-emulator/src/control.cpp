@@ -168,6 +168,30 @@ void ignore(Decoder& d) {
   d.emit([](Warp&, const Instruction&) {}, {});
 }
 
+// A warpgroup's registers; immediate: a thread's from now on, slots: none. count: 1 for more than before.
+void set_registers(Decoder& d) {
+  auto& m = d.modifiers();
+  if (d.module_target() != "sm_90a") d.fail("setmaxnreg needs .target sm_90a");
+  const int what = m.take_one({"dec", "inc"});
+  if (what < 0 || !m.take("sync") || !m.take("aligned")) d.fail("setmaxnreg needs .inc or .dec, .sync and .aligned");
+  if (d.require_type() != Type::kU32) d.fail("setmaxnreg needs .u32");
+  d.expect_operands(1, 1);
+  const Operand& count = d.operand(0);
+  if (count.kind != Operand::Kind::kInteger || count.bits < 24 || count.bits > 256 || count.bits % 8)
+    d.fail("the number of registers must be a multiple of 8 from 24 to 256");
+  Instruction& i = d.emit(nullptr, {}, static_cast<int64_t>(count.bits));
+  i.kind = Kind::kRegisters, i.count = static_cast<uint16_t>(what);
+  d.kernel().sets_registers = true;
+}
+
+// Launches run one after another: the grids before this one are done.
+void grid_dependency(Decoder& d) {
+  if (d.modifiers().take_one({"launch_dependents", "wait"}) < 0)
+    d.fail("griddepcontrol needs .launch_dependents or .wait");
+  d.expect_operands(0, 0);
+  d.emit([](Warp&, const Instruction&) {}, {});
+}
+
 }  // namespace
 
 void register_control(InstructionTable& t) {
@@ -179,8 +203,9 @@ void register_control(InstructionTable& t) {
   t["trap"] = trap;
   t["brkpt"] = breakpoint;
   t["nanosleep"] = sleep;
-  t["pmevent"] = t["setmaxnreg"] = ignore;
-  t["griddepcontrol"] = ignore;
+  t["pmevent"] = ignore;
+  t["setmaxnreg"] = set_registers;
+  t["griddepcontrol"] = grid_dependency;
 }
 
 }  // namespace ptx_emulator

@@ -118,6 +118,8 @@ Type Decoder::register_type(const Operand& operand) const {
   return operand.kind == Operand::Kind::kRegister ? function().registers[operand.reg] : Type::kNone;
 }
 
+const std::string& Decoder::module_target() const { return module_.ptx.target; }
+
 int Decoder::slot_width(const Operand& operand) const {
   const Type type = register_type(operand);
   return type == Type::kNone ? -1 : type_width(type);

@@ -83,6 +83,7 @@ class Decoder {
 
   Code& code() { return code_; }
   Kernel& kernel() { return kernel_; }
+  const std::string& module_target() const;
   Module& module() { return module_; }
   const Function& function() const { return *code_.function; }
 
@@ -90,6 +91,7 @@ class Decoder {
   void decode_statement();
   Address find_address(const Operand& operand, Space space);
   void describe_effects();  // effects.cpp
+  bool describe_asynchronous(InstructionEffects& effects);
   void find_reconvergence();
 
   Module& module_;

@@ -48,7 +48,9 @@ Class class_of(const Statement& s, const std::vector<Type>& types, Space space) 
     return s.modifiers.size() > 1 && (has(s, "commit_group") || has(s, "wait_group") || has(s, "wait_all"))
                ? Class::kAsyncWait
                : Class::kAsyncCopy;
-  if (op == "mma" || op == "wmma") return Class::kTensor;
+  if (op == "mma" || op == "wmma" || (op == "wgmma" && has(s, "mma_async"))) return Class::kTensor;
+  if (op == "wgmma") return has(s, "fence") ? Class::kFence : Class::kAsyncWait;
+  if (op == "mbarrier") return Class::kBarrier;
   if (op == "ldmatrix" || op == "stmatrix" || op == "movmatrix") return Class::kMatrix;
   if (op == "bar" || op == "barrier") return Class::kBarrier;
   if (op == "membar" || op == "fence") return Class::kFence;
@@ -79,6 +81,68 @@ Class class_of(const Statement& s, const std::vector<Type>& types, Space space) 
 
 }  // namespace
 
+// mbarriers, bulk copies, wgmma: what the general rules do not say of them. False for other instructions.
+bool Decoder::describe_asynchronous(InstructionEffects& effects) {
+  const Statement& s = *statement_;
+  const auto place = [&](const Address& a) {
+    effects.space = a.space, effects.narrow = a.narrow, effects.address = a.base, effects.offset = a.offset;
+  };
+  if (s.opcode == "mbarrier" && !addresses_.empty()) {
+    place(addresses_[0]);
+    for (const Operand& o : s.operands)
+      if (o.kind == Operand::Kind::kAddress) effects.address_constant = o.elements[0].kind != Operand::Kind::kRegister;
+    effects.touch = Touch::kMbarrier, effects.element = 8, effects.elements = 1;
+    effects.release = !has(s, "relaxed"), effects.acquire = !has(s, "relaxed");
+    if (effects.flow != Flow::kNone) effects.flow = Flow::kFine;
+    kernel_.asynchronous = true;
+    return true;
+  }
+  if (s.opcode == "wgmma") {
+    kernel_.asynchronous = true;
+    const auto number = [&] { return static_cast<int64_t>(s.operands[0].bits); };
+    effects.flow = Flow::kNone;
+    if (has(s, "fence")) effects.touch = Touch::kMultiplyFence;
+    if (has(s, "commit_group")) effects.touch = Touch::kMultiplyCommit;
+    if (has(s, "wait_group")) effects.touch = Touch::kMultiplyWait, effects.groups = number();
+    if (!has(s, "mma_async")) return true;
+    effects.touch = Touch::kMultiplyAsync;
+    uint64_t m = 0, n = 0, k = 0;
+    for (const std::string& name : s.modifiers) {
+      int mm, nn, kk;
+      if (std::sscanf(name.c_str(), "m%dn%dk%d", &mm, &nn, &kk) == 3)
+        m = static_cast<uint64_t>(mm), n = static_cast<uint64_t>(nn), k = static_cast<uint64_t>(kk);
+    }
+    effects.operations = 2 * m / 4 * n * k;  // a warp's
+    return true;
+  }
+  if (s.opcode != "cp" || (!has(s, "bulk") && !has(s, "mbarrier"))) return false;
+  kernel_.asynchronous = true;
+  std::vector<LaneSlot> operands = std::move(effects.sources);
+  effects.sources.clear();
+  if (has(s, "mbarrier")) {
+    place(addresses_[0]);
+    effects.touch = Touch::kMbarrier, effects.element = 8, effects.elements = 1, effects.release = true;
+  } else if (has(s, "commit_group")) {
+    effects.touch = Touch::kBulkCommit;
+  } else if (has(s, "wait_group")) {
+    effects.touch = Touch::kBulkWait, effects.groups = static_cast<int64_t>(s.operands[0].bits);
+    effects.reads = has(s, "read");
+  } else if (!has(s, "prefetch")) {
+    effects.touch = Touch::kBulkCopy;
+    effects.sources = std::move(operands);
+    for (const Operand& o : s.operands)
+      for (const Operand& e : o.elements)
+        if (o.kind == Operand::Kind::kAddress) {
+          if (e.kind == Operand::Kind::kRegister)
+            effects.sources.push_back({register_slots_[e.reg], static_cast<uint8_t>(slot_width(e))});
+          for (const Operand& c : e.elements)
+            if (c.kind == Operand::Kind::kRegister)
+              effects.sources.push_back({register_slots_[c.reg], static_cast<uint8_t>(slot_width(c))});
+        }
+  }
+  return true;
+}
+
 // Called when the statement has been decoded into at least one instruction.
 void Decoder::describe_effects() {
   const Statement& s = *statement_;
@@ -102,8 +166,10 @@ void Decoder::describe_effects() {
       "call",    "membar",        "fence",    "prefetch",   "prefetchu",     "trap", "brkpt", "nanosleep",
       "discard", "applypriority", "pmevent",  "setmaxnreg", "griddepcontrol"};
   const bool barrier = op == "bar" || op == "barrier";
+  const bool counts =
+      op == "mbarrier" && (has(s, "init") || has(s, "inval") || s.modifiers[0] == "expect_tx" || has(s, "complete_tx"));
   const bool writes = std::find(std::begin(kNoDestination), std::end(kNoDestination), op) == std::end(kNoDestination) &&
-                      !(barrier && !has(s, "red"));
+                      !(barrier && !has(s, "red")) && !counts;
   for (size_t k = 0; k < s.operands.size(); ++k) {
     if (op == "call") break;  // arguments are local memory
     const bool destination = writes && k == 0;
@@ -189,6 +255,8 @@ void Decoder::describe_effects() {
     effects.reads = !has(s, "exch");
     if (op == "atom") effects.flow = Flow::kMemory;
     order(true);
+  } else if (describe_asynchronous(effects)) {
+    // mbarriers, bulk copies, wgmma
   } else if (op == "cp") {
     effects.sources.clear();
     if (has(s, "commit_group")) {
@@ -212,7 +280,10 @@ void Decoder::describe_effects() {
     effects.element = 16, effects.elements = has(s, "x4") ? 4 : has(s, "x2") ? 2 : 1;
     effects.sign = has(s, "trans");
   } else if (op == "membar" || op == "fence") {
-    if (!has(s, "proxy")) {
+    if ((has(s, "proxy") && has(s, "async")) || has(s, "mbarrier_init")) {
+      effects.touch = Touch::kProxyFence;
+      kernel_.asynchronous = true;
+    } else if (!has(s, "proxy")) {
       effects.touch = Touch::kFence;
       effects.strength = has(s, "cta") ? Strength::kBlock : Strength::kDevice;
       effects.acquire = !has(s, "release"), effects.release = !has(s, "acquire");

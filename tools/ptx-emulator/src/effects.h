@@ -41,6 +41,15 @@ enum class Touch : uint8_t {
   kMatrixLoad,
   kMatrixStore,
   kFence,
+  kMbarrier,
+  kBulkCopy,
+  kBulkCommit,
+  kBulkWait,
+  kProxyFence,     // between the generic and the asynchronous proxy
+  kMultiplyAsync,  // wgmma.mma_async, and what orders it
+  kMultiplyFence,
+  kMultiplyCommit,
+  kMultiplyWait,
 };
 
 // What an instruction is counted as.
@@ -91,7 +100,7 @@ struct InstructionEffects {
   bool decides_zero = false;  // kCompare: .and (a false third operand decides); otherwise .or
   bool compare_negated = false;
   uint32_t compare_slot = ~0u;  // kCompare: the third operand
-  bool reads = false;           // kAtomic: depends on what is there
+  bool reads = false;           // kAtomic: depends on what is there; kBulkWait: for reads only
   bool last = false;     // stands at the last instruction of its statement (the others have no effect of their own)
   uint8_t element = 0;   // memory: bytes of an element
   uint8_t elements = 0;  // of a vector, or matrices

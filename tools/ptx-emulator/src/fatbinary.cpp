@@ -88,6 +88,28 @@ std::string decompress_zstd(const uint8_t* data, size_t size, size_t expected) {
   return out;
 }
 
+namespace {
+
+std::string unpack(const Entry& e, const uint8_t* payload) {
+  const size_t compressed = e.compressed_bytes ? e.compressed_bytes : e.payload_bytes;
+  if (compressed > e.payload_bytes) throw std::runtime_error("fatbinary: bad entry");
+  std::string text = e.flags & kFlagZstd  ? decompress_zstd(payload, compressed, e.uncompressed_bytes)
+                     : e.flags & kFlagLz4 ? decompress_lz4(payload, compressed, e.uncompressed_bytes)
+                                          : std::string(reinterpret_cast<const char*>(payload), e.payload_bytes);
+  text.resize(std::strlen(text.c_str()));  // padding
+  return text;
+}
+
+// Whether the text's target has a letter after its number, as sm_90a has.
+bool for_one_device(const std::string& text) {
+  size_t at = text.find(".target sm_");
+  if (at == std::string::npos) return false;
+  at = text.find_first_not_of("0123456789", at + 11);
+  return at != std::string::npos && text[at] >= 'a' && text[at] <= 'z';
+}
+
+}  // namespace
+
 std::optional<std::string> extract_ptx(const void* fatbinary, size_t size, int sm) {
   const auto* bytes = static_cast<const uint8_t*>(fatbinary);
   if (size && size < 16) throw std::runtime_error("fatbinary: too short");
@@ -98,26 +120,24 @@ std::optional<std::string> extract_ptx(const void* fatbinary, size_t size, int s
     throw std::runtime_error("fatbinary: bad header");
   const uint8_t* at = bytes + header;
   const uint8_t* const end = at + total;
-  std::optional<Entry> best;
-  const uint8_t* payload = nullptr;
+  std::optional<std::string> best;
+  uint32_t best_sm = 0;
   while (end - at >= 64) {
     const Entry e = read_entry(at);
     if (e.header_bytes < 64 || e.header_bytes > static_cast<uint64_t>(end - at) ||
         e.payload_bytes > static_cast<uint64_t>(end - at) - e.header_bytes)
       throw std::runtime_error("fatbinary: bad entry");
-    if (e.kind == 1 && e.sm <= static_cast<uint32_t>(sm) && (!best || e.sm > best->sm))
-      best = e, payload = at + e.header_bytes;
+    const auto device = static_cast<uint32_t>(sm);
+    // Of two texts for the device itself, the one for it alone (sm_90a) is the richer.
+    if (e.kind == 1 && e.sm <= device && (!best || e.sm > best_sm || (e.sm == best_sm && e.sm == device))) {
+      std::string text = unpack(e, at + e.header_bytes);
+      const bool own = for_one_device(text);
+      if (!own || e.sm == device)
+        if (!best || e.sm > best_sm || own) best = std::move(text), best_sm = e.sm;
+    }
     at += e.header_bytes + e.payload_bytes;
   }
-  if (!best) return std::nullopt;
-  const size_t compressed = best->compressed_bytes ? best->compressed_bytes : best->payload_bytes;
-  if (compressed > best->payload_bytes) throw std::runtime_error("fatbinary: bad entry");
-  std::string text = best->flags & kFlagZstd ? decompress_zstd(payload, compressed, best->uncompressed_bytes)
-                     : best->flags & kFlagLz4
-                         ? decompress_lz4(payload, compressed, best->uncompressed_bytes)
-                         : std::string(reinterpret_cast<const char*>(payload), best->payload_bytes);
-  text.resize(std::strlen(text.c_str()));  // padding
-  return text;
+  return best;
 }
 
 }  // namespace ptx_emulator

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "effects.h"
+#include "mbarrier.h"
 #include "ptx.h"
 
 namespace ptx_emulator {
@@ -40,7 +41,20 @@ struct Work;
 using Handler = void (*)(Warp&, const Instruction&);
 
 // What the scheduler does with an instruction; everything but control flow and waiting is kPlain.
-enum class Kind : uint8_t { kPlain, kBranch, kBranchIndirect, kReturn, kExit, kCall, kBarrier, kWarpSync, kSleep };
+enum class Kind : uint8_t {
+  kPlain,
+  kBranch,
+  kBranchIndirect,
+  kReturn,
+  kExit,
+  kCall,
+  kBarrier,
+  kWarpSync,
+  kSleep,
+  kSignal,  // may end a phase of an mbarrier
+  kWait,    // goes on where its predicate came out true, and waits for a phase otherwise
+  kRegisters
+};  // setmaxnreg
 
 struct Instruction {
   Handler run = nullptr;
@@ -156,6 +170,8 @@ struct Kernel {
   uint32_t static_shared = 0;
   uint32_t local_bytes = 0;  // per thread, for everything it calls
   bool recursive = false;
+  bool sets_registers = false;             // setmaxnreg
+  bool asynchronous = false;               // uses mbarriers or the asynchronous proxy
   bool reserved_shared = false;            // uses the kilobyte of shared memory that the system keeps for itself
   uint32_t instructions = 0;               // of all codes
   std::vector<const Code*> ordered_codes;  // by first_id
@@ -198,6 +214,14 @@ struct FreeBytes {
 using AlignedBytes = std::unique_ptr<uint8_t[], FreeBytes>;  // zeroed, on a 64-byte boundary
 AlignedBytes aligned_bytes(size_t bytes);
 
+// What the checks are told of operations on mbarriers as they happen.
+struct MbarrierObserver {
+  virtual ~MbarrierObserver() = default;
+  // A lane is about to: false if it must not.
+  virtual bool mbarrier(Warp& w, int lane, uint32_t at, MbarrierUse use, const MbarrierChange& change) = 0;
+  virtual void phase_completed(Warp& w, uint32_t at) = 0;
+};
+
 struct Warp {
   // What handlers use.
   uint8_t* registers = nullptr;  // of the current frame
@@ -211,13 +235,16 @@ struct Warp {
   uint64_t issued = 0;  // warp instructions so far: also its clock
   Block* block = nullptr;
   const Instruction* current = nullptr;
-  Frame* frame = nullptr;        // current
-  WarpShadow* shadow = nullptr;  // of a checked launch (checks/shadow.h)
+  Frame* frame = nullptr;                // current
+  WarpShadow* shadow = nullptr;          // of a checked launch (checks/shadow.h)
+  MbarrierObserver* observer = nullptr;  // of a checked launch
+  uint32_t phases = 0;                   // of mbarriers that its instructions ended, since the scheduler last looked
 
   // What the scheduler uses.
   uint64_t writes = 0;   // stores, and atomics that changed something
   uint32_t index = 0;    // in the block
   uint32_t live = 0;     // lanes that have not exited
+  uint32_t held = 0;     // registers of a thread, where setmaxnreg is used
   uint32_t present = 0;  // lanes that exist at all
   bool spinning = false;
   uint32_t spins = 0, stalls = 0;

@@ -1,5 +1,6 @@
 #include "module.h"
 
+#include <cctype>
 #include <cstdlib>
 #include <cstring>
 
@@ -45,7 +46,10 @@ std::unique_ptr<Module> load_module(std::string_view text) {
   module->ptx = parse_ptx(*module->text);
   const DeviceLimits& d = device_limits();
   const int sm = d.capability_major * 10 + d.capability_minor;
-  if (module->ptx.target_sm > sm)
+  // sm_90a and its like are for one device alone.
+  const std::string& target = module->ptx.target;
+  const bool own = !target.empty() && std::isalpha(static_cast<unsigned char>(target.back()));
+  if (own ? module->ptx.target_sm != sm : module->ptx.target_sm > sm)
     throw PtxError("the module is for " + module->ptx.target + ", the device is sm_" + std::to_string(sm));
   for (const auto& variable : module->ptx.variables) {
     if (variable->space != Space::kGlobal && variable->space != Space::kConst) continue;

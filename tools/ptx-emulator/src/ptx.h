@@ -135,6 +135,7 @@ struct Function {
   uint32_t max_threads[3] = {0, 0, 0};
   uint32_t required_threads[3] = {0, 0, 0};
   uint32_t cluster[3] = {0, 0, 0};
+  uint32_t blocks_per_sm = 0, most_registers = 0;  // .minnctapersm and .maxnreg; 0: not given
 };
 
 struct PtxModule {

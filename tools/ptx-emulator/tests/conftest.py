@@ -66,3 +66,11 @@ def checked(monkeypatch):
     ptx_emulator.checks()
     ptx_emulator.schedule()
     ptx_emulator.clear()
+
+
+@pytest.fixture
+def hopper():
+    """The device is an sm_90."""
+    ptx_emulator.device(90)
+    yield
+    ptx_emulator.device(80)

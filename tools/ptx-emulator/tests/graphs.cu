@@ -93,7 +93,7 @@ int main() {
   EXPECT(cudaLibraryLoadData(&library, "rubbish", nullptr, nullptr, 0, nullptr, nullptr, 0) == cudaErrorInvalidPtx);
   void* f;
   cudaDriverEntryPointQueryResult r;
-  OK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 13000, 0, &r));
+  OK(cudaGetDriverEntryPointByVersion("cuMemAlloc", &f, 13000, 0, &r));
   EXPECT(!f && r == cudaDriverEntryPointSymbolNotFound);
   cudaLaunchConfig_t config{};
   config.gridDim = 1;

@@ -1,6 +1,7 @@
 """Kernels that this project did not write compute right: CUTLASS's device GEMMs against float64.
 
-One is built and run by default; PTX_EMULATOR_ALL_CUTLASS=1 builds the others, too (about half a minute each).
+One for sm_80 and one for sm_90a are built and run by default; PTX_EMULATOR_ALL_CUTLASS=1 builds the others, too (about
+half a minute each).
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ import sys
 import pytest
 
 SOURCE = pathlib.Path(__file__).with_name("cutlass_gemm.cu")
+HOPPER = pathlib.Path(__file__).with_name("cutlass_hopper.cu")
 COLLECTIVE = pathlib.Path(__file__).with_name("cutlass_collective.cu")
 # Stream-K's blocks take partial sums over with a relaxed compare-and-swap and a barrier: nothing acquires them. The
 # finding is true, and gone with the fence.
@@ -40,6 +42,19 @@ KERNELS = {
     "stream_k": (STREAM_K, [(512, 512, 1024), (384, 640, 512)]),
 }
 
+# Of sm_90a only the PTX: its machine code takes nvcc a minute, and is not looked at.
+TARGETS = {"sm_80": ["-arch=sm_80"], "sm_90a": ["-gencode=arch=compute_90a,code=compute_90a"]}
+# For sm_90a, without clusters: TMA and wgmma, a producer warp and warpgroups that take turns or go together.
+COOPERATIVE = {"TILE": "128,128,64", "SCHEDULE": "Cooperative", "EPILOGUE": "Cooperative"}
+HOPPER_KERNELS = {
+    "hopper_pingpong": ({}, [(512, 512, 512), (200, 136, 72)]),
+    "hopper_cooperative": (COOPERATIVE, [(512, 512, 512), (200, 136, 72)]),
+    "hopper_cooperative_256": (COOPERATIVE | {"TILE": "128,256,64"}, [(256, 512, 256)]),
+    "hopper_fp16_rows": ({"ELEMENT": "cutlass::half_t", "LAYOUT_B": "RowMajor"}, [(256, 256, 320)]),
+    "hopper_e4m3": ({"ELEMENT": "cutlass::float_e4m3_t", "OUTPUT": "cutlass::bfloat16_t"}, [(256, 256, 256)]),
+    "hopper_s8": ({"ELEMENT": "int8_t", "ACCUMULATOR": "int32_t", "OUTPUT": "int32_t"}, [(256, 256, 256)]),
+}
+
 
 @pytest.fixture
 def build(nvcc, tmp_path):
@@ -47,23 +62,23 @@ def build(nvcc, tmp_path):
     if package is None:
         pytest.skip("nvidia-cutlass is not installed")
     include = pathlib.Path(package.submodule_search_locations[0]) / "source" / "include"
-    flags = ["-std=c++17", "-O1", "-arch=sm_80", "-cudart", "shared", "--expt-relaxed-constexpr"]
+    flags = ["-std=c++17", "-O1", "-cudart", "shared", "--expt-relaxed-constexpr"]
 
-    def compile_program(source: pathlib.Path, fence: bool = False) -> pathlib.Path:
+    def compile_program(source: pathlib.Path, fence: bool = False, target: str = "sm_80") -> pathlib.Path:
         if fence:  # a copy of one header, mended
             text = (include / "cutlass" / "barrier.h").read_text()
             assert text.count(SPIN) == 1
             (tmp_path / "mended" / "cutlass").mkdir(parents=True)
             (tmp_path / "mended" / "cutlass" / "barrier.h").write_text(text.replace(SPIN, SPIN + " __threadfence();"))
         folders = [f"-I{tmp_path / 'mended'}"] * fence + [f"-I{include}"]
-        nvcc(*flags, *folders, "-o", tmp_path / "program", source)
+        nvcc(*flags, *TARGETS[target], *folders, "-o", tmp_path / "program", source)
         return tmp_path / "program"
 
     return compile_program
 
 
 def only_on_request(name: str) -> None:
-    if name != "bf16_128x128x32_4" and not os.environ.get("PTX_EMULATOR_ALL_CUTLASS"):
+    if name not in ("bf16_128x128x32_4", "hopper_pingpong") and not os.environ.get("PTX_EMULATOR_ALL_CUTLASS"):
         pytest.skip("PTX_EMULATOR_ALL_CUTLASS=1 builds this one")
 
 
@@ -87,6 +102,26 @@ def test_gemm(name, build, run_cuda, tmp_path):
         check_static(program)
 
 
+@pytest.mark.parametrize("name", HOPPER_KERNELS)
+def test_hopper_gemm(name, build, run_cuda, tmp_path):
+    only_on_request(name)
+    macros, problems = HOPPER_KERNELS[name]
+    source = tmp_path / "gemm.cu"
+    source.write_text("".join(f"#define GEMM_{k} {v}\n" for k, v in macros.items()) + f'#include "{HOPPER}"\n')
+    program = build(source, target="sm_90a")
+    for problem in problems:
+        ran = run_cuda.execute(program, *map(str, problem), environment={"PTX_EMULATOR_SM": "90"})
+        print(name, ran.stdout.strip())
+    for schedule, seed in SCHEDULES:
+        assert run_checked(run_cuda, program, problems[-1], tmp_path, schedule, seed, sm=90)["findings"] == []
+    if name == "hopper_pingpong":
+        launch = run_checked(run_cuda, program, (512, 512, 512), tmp_path, "roundrobin", 0, sm=90)["launches"][0]
+        assert launch["operations"] == 2 * 512**3
+        # Tiles of 64 x 128, 8 steps of 64: a box of A and one of B each.
+        loads = [i for i in launch["instructions"] if "shared::cluster.global" in i["text"]]
+        assert sorted(i["bytes"] for i in loads) == [8 * 4 * 8 * 64 * 64 * 2, 8 * 4 * 8 * 128 * 64 * 2]
+
+
 def test_collective(build, run_cuda, tmp_path):
     only_on_request("collective")
     program = build(COLLECTIVE)
@@ -98,11 +133,11 @@ def test_collective(build, run_cuda, tmp_path):
 SCHEDULES = [("roundrobin", 0), ("random", 1), ("random", 2), ("adversarial", 1), ("adversarial", 2)]
 
 
-def run_checked(run_cuda, program, problem, folder, schedule, seed) -> dict:
+def run_checked(run_cuda, program, problem, folder, schedule, seed, sm=80) -> dict:
     """Runs with every check and all counts."""
     report = folder / "report.json"
     environment = {"PTX_EMULATOR_CHECK": "all", "PTX_EMULATOR_COUNT": "1", "PTX_EMULATOR_REPORT": str(report)}
-    environment |= {"PTX_EMULATOR_SCHEDULE": schedule, "PTX_EMULATOR_SEED": str(seed)}
+    environment |= {"PTX_EMULATOR_SCHEDULE": schedule, "PTX_EMULATOR_SEED": str(seed), "PTX_EMULATOR_SM": str(sm)}
     run_cuda.execute(program, *map(str, problem), environment=environment)
     return json.loads(report.read_text())
 

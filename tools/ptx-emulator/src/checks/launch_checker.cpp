@@ -20,15 +20,18 @@ LaunchChecker::LaunchChecker(const LaunchRequest& request, uint32_t warps, const
       kernel_(*request.kernel),
       grid_(request.grid),
       block_(request.block),
-      warps_(warps),
+      real_warps_(warps),
+      warps_(warps + (kernel_.asynchronous ? kProxyWarps : 0)),
       concurrent_(request.concurrent) {
-  const uint64_t total = request.grid.count() * warps;
+  const uint64_t total = request.grid.count() * warps_;
   if (next_warp.load() + total > 0xf0000000u) next_warp = 1;
   first_warp_ = next_warp.fetch_add(static_cast<uint32_t>(total));
   random_.seed(settings.seed * 0x9e3779b97f4a7c15 + 1);
   if (settings.count) counts_ = std::make_unique<LaunchCounts>(kernel_, grid_, block_, request.dynamic_shared);
   auto part = std::make_shared<ClockPart>();
-  part->epochs.resize(size_t{warps} * kLanes), part->floors.resize(warps);
+  // Of the asynchronous proxy's kernels, a second half: what a proxy fence has passed on the way here.
+  const size_t parts = size_t{warps_} * (kernel_.asynchronous ? 2 : 1);
+  part->epochs.resize(parts * kLanes), part->floors.resize(parts);
   nothing_ = part;
   for (const auto& work : concurrent_) copies_ |= !work->extents.empty();
   begun_.resize(grid_.count());
@@ -77,6 +80,9 @@ void LaunchChecker::begin_block(BlockShadow& b, uint64_t index, Dim3 id, std::ve
   b.variables.clear();
   b.more.clear();
   b.barriers = {};
+  b.mbarriers.clear(), b.bulk.clear(), b.issuers.assign(1, 0);
+  b.warpgroups.assign((real_warps_ + 3) / 4, {});
+  b.woken = false;
   if (settings.checks & kCheckInit) std::memset(b.unwritten.reserve(shared_bytes), 0xff, shared_bytes);
   if (settings.checks & kCheckRace) b.cells.reserve((size_t{shared_bytes} + 3) / 4 * sizeof(Cell));
   auto clock = std::make_shared<Clock>();
@@ -98,6 +104,10 @@ void LaunchChecker::begin_block(BlockShadow& b, uint64_t index, Dim3 id, std::ve
     l.syncs.reset();
     std::fill(std::begin(l.committed), std::end(l.committed), 0);
     l.pending.clear(), l.pending_copies.clear(), l.barriers.clear();
+    std::fill(std::begin(l.bulk_committed), std::end(l.bulk_committed), 0);
+    l.in_flight.clear(), l.written.clear(), l.multiplications.clear();
+    l.multiply_fences = 1, l.multiply_committed = 0;
+    warps[k]->observer = this;
     l.priority = random_();
     new_frame(*warps[k], *warps[k]->entry, kAllLanes);
   }
@@ -145,6 +155,7 @@ bool LaunchChecker::before(Warp& w, const Instruction& i, const InstructionEffec
   if (checks & kCheckBarrier) check_convergence(w, i, k);
   if ((checks & kCheckInit) && k.control)
     for (const LaneSlot& s : k.sources) observe(w, k, s, w.active, "what a branch, call or barrier depends on");
+  if (kernel_.asynchronous && (checks & kCheckRace)) check_in_flight(w, k);
   if (k.touch == Touch::kNone) {
     if ((checks & kCheckRace) && i.kind == Kind::kWarpSync && k.counted == Class::kBarrier) sync_warp(w, w.active);
     if (checks & kCheckInit) flow(w, i, k);
@@ -174,6 +185,32 @@ bool LaunchChecker::before(Warp& w, const Instruction& i, const InstructionEffec
     case Touch::kMatrixLoad:
     case Touch::kMatrixStore:
       return before_matrix(w, k);
+    case Touch::kMbarrier:
+      return before_mbarrier(w, i, k);
+    case Touch::kBulkCopy:
+      return bulk_copy(w, i, k);
+    case Touch::kBulkCommit:
+      for (uint32_t m = w.active; m; m &= m - 1) ++w.shadow->bulk_committed[first(m)];
+      return true;
+    case Touch::kBulkWait:
+      bulk_wait(w, k);
+      return true;
+    case Touch::kProxyFence:
+      if (checks & kCheckRace) proxy_fence(w);
+      return true;
+    case Touch::kMultiplyAsync:
+      return multiply(w, i, k);
+    case Touch::kMultiplyFence:
+      follow_warpgroup(w, k);
+      ++w.shadow->multiply_fences;
+      return true;
+    case Touch::kMultiplyCommit:
+      follow_warpgroup(w, k);
+      ++w.shadow->multiply_committed;
+      return true;
+    case Touch::kMultiplyWait:
+      multiply_wait(w, k);
+      return true;
     default:
       return before_access(w, i, k);
   }

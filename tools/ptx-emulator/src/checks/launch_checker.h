@@ -18,11 +18,11 @@
 
 namespace ptx_emulator {
 
-class LaunchChecker {
+class LaunchChecker : public MbarrierObserver {
  public:
   LaunchChecker(const LaunchRequest& request, uint32_t warps, const LaunchSettings& settings);
   LaunchChecker(const LaunchChecker&) = delete;
-  ~LaunchChecker();
+  ~LaunchChecker() override;
 
   const LaunchSettings settings;
 
@@ -37,6 +37,11 @@ class LaunchChecker {
   void pass(Warp& w, uint32_t lanes, const ClockRef& clock);
   ClockRef complete(BlockShadow& block, uint32_t barrier);
   void exit(Warp& w, uint32_t lanes);
+  // A bulk copy of the block lands now, the oldest or any; false: there is none in flight.
+  bool land_bulk(BlockShadow& block);
+  void end_block(BlockShadow& block);
+  bool mbarrier(Warp& w, int lane, uint32_t at, MbarrierUse use, const MbarrierChange& change) override;
+  void phase_completed(Warp& w, uint32_t at) override;
   // Registers and local memory of a new frame are never written.
   void new_frame(Warp& w, Frame& frame, uint32_t lanes);
   void copy_local(Warp& w, uint32_t lane, uint32_t to, uint32_t from, uint32_t bytes);
@@ -107,6 +112,33 @@ class LaunchChecker {
   void land(WarpShadow& l, const PendingCopy& landing);
   void land_early(WarpShadow& l);
 
+  // Bulk copies, mbarriers, and the asynchronous proxy's order.
+  struct Proxy {
+    uint32_t warp, thread, epoch;
+  };
+  bool before_mbarrier(Warp& w, const Instruction& i, const InstructionEffects& effects);
+  bool bulk_copy(Warp& w, const Instruction& i, const InstructionEffects& effects);
+  void touch_bulk(Warp& w, const InstructionEffects& effects, const BulkCopy& copy, uint32_t lane, uint32_t epoch);
+  bool allow_bulk(Warp& w, const InstructionEffects& effects, const BulkCopy& copy, uint32_t lane);
+  void count_bulk(const InstructionEffects& effects, const BulkCopy& copy);
+  void bulk_wait(Warp& w, const InstructionEffects& effects);
+  void land(BlockShadow& block, PendingBulk& bulk);
+  void touch_proxy(Warp& w, const InstructionEffects& effects, uint32_t lanes, uint64_t at, uint32_t bytes,
+                   Region* region, bool write, const Proxy& proxy);
+  ClockRef start_of(const BlockShadow& block) const;  // what its threads know at first
+  uint32_t issue(BlockShadow& block, uint32_t thread);
+  void learn(WarpShadow& l, uint32_t lanes, uint32_t proxy_warp, uint32_t thread, uint32_t epoch);
+  void learn(WarpShadow& l, uint32_t lanes, const ClockRef& clock);
+  void proxy_fence(Warp& w);
+  void finding(const char* rule, std::string message, const Warp& w, int lane, uint64_t at);
+
+  // wgmma.
+  bool multiply(Warp& w, const Instruction& i, const InstructionEffects& effects);
+  void multiply_wait(Warp& w, const InstructionEffects& effects);
+  void check_in_flight(Warp& w, const InstructionEffects& effects);
+  void follow_warpgroup(Warp& w, const InstructionEffects& effects);
+  void flow_warpgroup(Warp& w, const Instruction& i, const InstructionEffects& effects);
+
   // Barriers.
   void divergent(Warp& w, const InstructionEffects& effects, uint32_t missing, uint32_t arrived);
   void check_convergence(Warp& w, const Instruction& i, const InstructionEffects& effects);
@@ -133,11 +165,12 @@ class LaunchChecker {
 
   const Kernel& kernel_;
   Dim3 grid_, block_;
-  uint32_t warps_, first_warp_;
+  uint32_t real_warps_, warps_, first_warp_;  // of a block, without and with the proxy's
   std::vector<std::shared_ptr<Region>> regions_;
   uint64_t version_ = 0;
   Region* last_region_ = nullptr;
-  uint32_t refused_ = 0;  // lanes of the last access that may not be
+  const Proxy* proxy_ = nullptr;  // who makes the accesses at hand, if no thread
+  uint32_t refused_ = 0;          // lanes of the last access that may not be
   std::vector<Ticket> tickets_;
   std::vector<uint32_t> ticket_places_;                        // the instruction of each
   const std::vector<std::shared_ptr<const Work>> concurrent_;  // that no order is known to

@@ -45,7 +45,8 @@ Spot spot_in(const Kernel& kernel, Dim3 grid, Dim3 block, uint32_t warp, uint32_
     s.line = st.line, s.text = st.text, s.source_line = st.source_line;
     if (st.source_line) s.source = source_file(kernel, st.source_file);
   }
-  const uint32_t warps = static_cast<uint32_t>((block.count() + kLanes - 1) / kLanes);
+  const uint32_t warps =
+      static_cast<uint32_t>((block.count() + kLanes - 1) / kLanes) + (kernel.asynchronous ? kProxyWarps : 0);
   const uint64_t index = warp / warps;
   const uint32_t thread = warp % warps * kLanes + lane;
   s.block[0] = static_cast<uint32_t>(index % grid.x), s.block[1] = static_cast<uint32_t>(index / grid.x % grid.y),

@@ -28,7 +28,12 @@ enum Rule : uint32_t {
   kAligned,
   kMembers,
   kMismatch,
-  kPending
+  kPending,
+  kProxy,
+  kMbarrierUse,
+  kAccumulator,
+  kMap,
+  kWarpgroup,
 };
 
 std::string hex(uint64_t v);

@@ -15,10 +15,13 @@ bool LaunchChecker::ordered(const Stamp& e, const WarpShadow& l, uint32_t lanes)
     if (e.lanes & ~t.done) return false;
     clock = t.clock;
   }
-  const uint32_t local = e.warp - l.block->first_warp;
-  if (local < warps_) {
+  const uint32_t own = e.warp - l.block->first_warp;
+  if (own < warps_) {
+    // The asynchronous proxy sees a thread's writes once a fence between the proxies has passed on the way.
+    const bool fenced = proxy_ && own < real_warps_ && (e.info & kWrite);
+    const uint32_t local = own + (fenced ? warps_ : 0);
     const ClockPart* seen = nullptr;
-    const bool same = e.warp == l.id;
+    const bool same = e.warp == l.id && !fenced;
     for (uint32_t m = lanes; m; m &= m - 1) {
       const uint32_t lane = first(m);
       const ClockPart* mine = l.clocks[lane]->own;
@@ -31,7 +34,8 @@ bool LaunchChecker::ordered(const Stamp& e, const WarpShadow& l, uint32_t lanes)
     return true;
   }
   if (e.warp - first_warp_ >= grid_.count() * warps_) return !concurrent(e.warp);  // of another launch
-  const uint32_t block = (e.warp - first_warp_) / warps_, other = (e.warp - first_warp_) % warps_;
+  const uint32_t block = (e.warp - first_warp_) / warps_, member = (e.warp - first_warp_) % warps_;
+  const uint32_t other = member + (proxy_ && member < real_warps_ && (e.info & kWrite) ? warps_ : 0);
   const Clock* seen = nullptr;
   for (uint32_t m = lanes; m; m &= m - 1) {
     const Clock* mine = l.clocks[first(m)].get();
@@ -62,21 +66,42 @@ void LaunchChecker::race(Warp& w, const InstructionEffects& k, const Word& word,
   uint32_t mine = word.lanes;
   if (e.warp == w.shadow->id && (mine & ~e.lanes)) mine &= ~e.lanes;
   Finding f;
-  const bool in_flight = async || (e.info & kAsync);
+  const bool theirs = own && (e.warp - first_warp_) % warps_ >= real_warps_;  // of the asynchronous proxy
+  const bool in_flight = async || (e.info & kAsync) || proxy_ || theirs;
   f.rule = in_flight ? "async-race" : "race";
   f.spot = spot(w, k, first(mine ? mine : 1u << lane));
   f.address = word.at;
   f.space = shared ? "shared" : "global";
   if (word.region) f.allocation = region_name(*word.region);
   const char* const who = e.warp == w.shadow->id && e.lanes == word.lanes ? "the same thread" : "another thread";
-  f.message = std::string(async ? "an asynchronous copy " : "") + (write ? "writes " : "reads ") + f.space +
-              " address " + (shared ? std::to_string(word.at) : hex(word.at)) + ", which " +
-              (e.info & kAsync ? std::string("an asynchronous copy of ") + who : who) +
-              (e.info & kWrite ? " writes" : " reads") + ", without order between them";
+  const auto agent = [](bool copy, uint32_t proxy_warp) {
+    return std::string(copy ? "an asynchronous copy" : proxy_warp == kMultiplications ? "a wgmma" : "a bulk copy");
+  };
+  f.message =
+      (async || proxy_ ? agent(async, proxy_ ? proxy_->warp - real_warps_ : 0) + " " : "") +
+      (write ? "writes " : "reads ") + f.space + " address " + (shared ? std::to_string(word.at) : hex(word.at)) +
+      ", which " +
+      (e.info & kAsync || theirs ? agent(e.info & kAsync, (e.warp - first_warp_) % warps_ - real_warps_) + " of " + who
+                                 : who) +
+      (e.info & kWrite ? " writes" : " reads") + ", without order between them";
   f.second_role = e.info & kWrite ? "written at" : "read at";
-  if (own)
-    f.second = spot_of(e.warp, instruction, first(e.lanes));
-  else if (const Work* const work = concurrent(e.warp))
+  if (const Proxy* const proxy = proxy_) {
+    proxy_ = nullptr;
+    if (ordered(e, *w.shadow, word.lanes)) {
+      f.rule = "proxy-fence";
+      f.message += " by a fence.proxy.async";
+    }
+    proxy_ = proxy;
+  }
+  if (own) {
+    uint32_t warp = e.warp, thread = first(e.lanes);
+    if (theirs) {
+      const BlockShadow& block = *w.shadow->block;
+      const uint32_t issuer = (warp - first_warp_) / warps_ == block.index ? block.issuers[e.clock] : 0;
+      warp = warp - (warp - first_warp_) % warps_ + issuer / kLanes, thread = issuer % kLanes;
+    }
+    f.second = spot_of(warp, instruction, thread);
+  } else if (const Work* const work = concurrent(e.warp))
     f.second = spot_of_work(*work, e.warp, instruction, first(e.lanes)), f.message += " on another stream";
   Findings::instance().add(std::move(f));
 }
@@ -126,7 +151,11 @@ void LaunchChecker::race_with_readers(Warp& w, const InstructionEffects& k, cons
 void LaunchChecker::touch_word(Warp& w, const InstructionEffects& k, const Word& word, bool write, Strength strength,
                                bool async, uint32_t ticket, bool shared) {
   WarpShadow& l = *w.shadow;
-  const Stamp mine{l.id, async ? ticket : l.clock, word.lanes,
+  const Stamp mine{proxy_ ? l.block->first_warp + proxy_->warp : l.id,
+                   proxy_  ? proxy_->epoch
+                   : async ? ticket
+                           : l.clock,
+                   proxy_ ? 1u << proxy_->thread : word.lanes,
                    word.bytes | (write ? kWrite : 0) | static_cast<uint32_t>(strength) << kStrengthShift |
                        (async ? kAsync : 0) | k.id << kIdShift};
   const auto stale = [&](const Stamp& e) {

@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "bulk_copy.h"
 #include "findings.h"
 #include "machine.h"
 #include "memory.h"
@@ -64,6 +65,34 @@ struct PendingCopy {
   const uint8_t* source;
 };
 
+// The asynchronous proxy's accesses are ordered as if threads of three further warps of the block made them, each of
+// which makes one after another: a thread for each mbarrier that loads land on, a thread for the reads and one for the
+// writes of each thread's bulk stores, a thread for each warp's wgmma. Their epochs count through the block.
+inline constexpr uint32_t kLoads = 0, kStores = 1, kMultiplications = 2, kProxyWarps = 3;
+
+// A bulk copy in flight.
+struct PendingBulk {
+  BulkCopy copy;
+  uint32_t warp, lane;  // that issued it, in the block
+  uint32_t group;       // of a store
+  uint32_t epoch;       // of its accesses of shared memory; a store's of global memory have the next
+  uint32_t instruction;
+  bool landed;
+  bool read_waited;  // a store whose reads were waited for
+};
+
+struct MbarrierShadow {
+  ClockRef gathering, completed;  // what those knew that arrived in this phase, and in the last
+  uint32_t phase = 0;
+  std::unordered_map<uint32_t, uint32_t> waiting;  // by thread: the phase that it found unfinished
+};
+
+// The order of a warpgroup's multiplications: its four warps execute the same.
+struct WarpgroupShadow {
+  std::vector<uint32_t> instructions;
+  uint32_t done[4] = {};
+};
+
 struct WarpShadow {
   BlockShadow* block = nullptr;
   Warp* warp = nullptr;
@@ -84,6 +113,18 @@ struct WarpShadow {
     uint32_t missing, arrived;
   };
   std::vector<Parted> barriers;  // that were reached so
+
+  uint32_t bulk_committed[kLanes] = {};
+  // wgmma: registers in flight, by slot; and of each 64 bytes of the frame, after how many fences
+  // another instruction last wrote them.
+  struct InFlight {
+    uint32_t group;
+    bool accumulator;
+  };
+  std::unordered_map<uint32_t, InFlight> in_flight;
+  std::vector<uint32_t> written;
+  uint32_t multiply_fences = 1, multiply_committed = 0;
+  std::vector<std::pair<uint32_t, uint32_t>> multiplications;  // group, epoch
 };
 
 struct BarrierShadow {
@@ -105,6 +146,11 @@ struct BlockShadow {
   Pages cells;
   std::vector<std::vector<Stamp>> more;
   std::unordered_map<uint64_t, SyncVariable> variables;  // in shared memory
+  std::unordered_map<uint32_t, MbarrierShadow> mbarriers;
+  std::vector<PendingBulk> bulk;
+  std::vector<uint32_t> issuers;  // by the proxy's epoch: the thread
+  std::vector<WarpgroupShadow> warpgroups;
+  bool woken = false;  // a phase ended outside of an instruction
   std::array<BarrierShadow, 16> barriers;
   std::vector<std::unique_ptr<WarpShadow>> warps;
   uint64_t priority = 0;

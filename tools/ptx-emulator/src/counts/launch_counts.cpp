@@ -26,6 +26,15 @@ LaunchCounts::LaunchCounts(const Kernel& kernel, Dim3 grid, Dim3 block, uint32_t
   launch_ = h.next++;
 }
 
+AllocationCount& LaunchCounts::allocation(Region& r) {
+  AllocationCount& a = allocations_[r.id];
+  if (a.name.empty()) {
+    a.name = r.name.empty() ? "allocation " + std::to_string(r.id) : r.name, a.bytes = r.bytes;
+    if (r.footprint_launch != launch_) r.footprint.drop(), r.footprint_launch = launch_;
+  }
+  return a;
+}
+
 void LaunchCounts::global(Counter& c, const uint64_t* address, Region* const* region, const uint32_t* sizes,
                           uint32_t bytes, uint32_t lanes, bool write, bool read) {
   struct Part {
@@ -55,11 +64,7 @@ void LaunchCounts::global(Counter& c, const uint64_t* address, Region* const* re
     c.sectors += sectors, c.bytes += fresh;
     Region* const r = region[p.lane];
     if (!r) continue;
-    AllocationCount& a = allocations_[r->id];
-    if (a.name.empty()) {
-      a.name = r->name.empty() ? "allocation " + std::to_string(r->id) : r->name, a.bytes = r->bytes;
-      if (r->footprint_launch != launch_) r->footprint.drop(), r->footprint_launch = launch_;
-    }
+    AllocationCount& a = allocation(*r);
     a.requests += r != last;
     last = r;
     a.sectors += sectors;
@@ -71,6 +76,33 @@ void LaunchCounts::global(Counter& c, const uint64_t* address, Region* const* re
     for (uint64_t b = 0; b < inside; ++b) {
       if (read) a.distinct_read += !(touched[b] & 1), touched[b] |= 1;
       if (write) a.distinct_written += !(touched[b] & 2), touched[b] |= 2;
+    }
+  }
+}
+
+void LaunchCounts::bulk(Counter& c, const std::vector<std::pair<uint64_t, uint32_t>>& pieces, Region* region,
+                        bool write) {
+  ++c.requests;
+  uint64_t next_sector = 0;
+  AllocationCount* a = nullptr;
+  uint8_t* footprint = nullptr;
+  if (region) {
+    a = &allocation(*region), ++a->requests;
+    footprint = region->footprint.reserve(region->bytes);
+  }
+  for (const auto& [at, size] : pieces) {
+    const uint64_t sector =
+        std::max(at / 32, at / 32 < next_sector && next_sector - at / 32 < 4 ? next_sector : at / 32);
+    const uint64_t end = (at + size + 31) / 32, sectors = end > sector ? end - sector : 0;
+    next_sector = end;
+    c.sectors += sectors, c.bytes += size;
+    if (!a) continue;
+    a->sectors += sectors;
+    (write ? a->written_bytes : a->read_bytes) += size;
+    const uint8_t bit = write ? 2 : 1;
+    for (uint64_t b = at - region->base; b < at - region->base + size && b < region->bytes; ++b) {
+      (write ? a->distinct_written : a->distinct_read) += !(footprint[b] & bit);
+      footprint[b] |= bit;
     }
   }
 }

@@ -39,11 +39,15 @@ class LaunchCounts {
   // One request of global memory: addresses of the lanes, and how many bytes each touches.
   void global(Counter& counter, const uint64_t* address, Region* const* region, const uint32_t* sizes, uint32_t bytes,
               uint32_t lanes, bool write, bool read);
+  // A bulk copy: bytes of global memory, in one request.
+  void bulk(Counter& counter, const std::vector<std::pair<uint64_t, uint32_t>>& pieces, Region* region, bool write);
   // Shared memory: `rows`: each of the first 8 * rows lanes is a row of a matrix.
   void shared(Counter& counter, const uint64_t* address, uint32_t bytes, uint32_t lanes, bool matrix);
   void finish();  // to the history
 
  private:
+  AllocationCount& allocation(Region& region);
+
   const Kernel& kernel_;
   Dim3 grid_, block_;
   uint32_t dynamic_shared_;

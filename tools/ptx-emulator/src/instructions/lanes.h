@@ -105,6 +105,11 @@ void register_conversion(InstructionTable& table);
 void register_memory(InstructionTable& table);
 void register_warp(InstructionTable& table);
 void register_tensor(InstructionTable& table);
+void register_mbarrier(InstructionTable& table);
+void register_warpgroup(InstructionTable& table);
+
+void copy_bulk(Decoder& d);      // cp.async.bulk
+void copies_arrive(Decoder& d);  // cp.async.mbarrier.arrive
 
 }  // namespace PTX_ISA
 

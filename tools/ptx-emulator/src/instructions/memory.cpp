@@ -449,6 +449,8 @@ void fence(Decoder& d) {
   } else if (m.take("proxy")) {
     if (m.take_one({"alias", "async", "async::generic", "tensormap::generic"}) < 0) d.fail("unknown proxy");
     m.take_one({"global", "shared::cta", "shared::cluster", "shared"});
+  } else if (m.take("mbarrier_init")) {
+    if (!m.take("release") || !m.take("cluster")) d.fail("fence.mbarrier_init needs .release.cluster");
   } else {
     m.take_one({"sc", "acq_rel", "acquire", "release"});
     if (take_scope(d) < 0) d.fail("fence needs a scope");
@@ -460,9 +462,8 @@ void fence(Decoder& d) {
 // Hints: the address is decoded, and nothing happens.
 void prefetch(Decoder& d) {
   auto& m = d.modifiers();
-  m.take("tensormap") ? d.fail("tensor maps are not supported") : void();
   const Space space = m.take_space();
-  if (m.take_one({"L1", "L2"}) < 0) m.take_cache_hints();
+  if (!m.take("tensormap") && m.take_one({"L1", "L2"}) < 0) m.take_cache_hints();
   d.expect_operands(1, 2);
   d.address(d.operand(0), space);
   d.emit(nothing, {});
@@ -518,6 +519,11 @@ void copy_async_run(Warp& w, const Instruction& i) {
 void copy_async(Decoder& d) {
   auto& m = d.modifiers();
   if (!m.take("async")) d.fail("only cp.async is known");
+  if (m.take("bulk")) return copy_bulk(d);
+  if (m.take("mbarrier")) {
+    if (!m.take("arrive")) d.fail("cp.async.mbarrier needs .arrive");
+    return copies_arrive(d);
+  }
   if (m.take("commit_group")) {
     d.expect_operands(0, 0);
     d.emit(nothing, {});

@@ -14,6 +14,8 @@ InstructionTable make_table() {
   register_memory(table);
   register_warp(table);
   register_tensor(table);
+  register_mbarrier(table);
+  register_warpgroup(table);
   register_control(table);
   return table;
 }

@@ -4,44 +4,12 @@
 // holding bytes 4 t ... 4 t + 3 of row r. A's registers go down its rows first and then along k, B's (stored
 // transposed: its rows are columns) along k, and C's are 8 x 8 tiles of pairs. That one rule is all shapes and types;
 // doubles do the same with registers of twice the size.
-#include "lanes.h"
+#include "elements.h"
 
 namespace ptx_emulator {
 namespace PTX_ISA {
 namespace {
 
-// Elements as they lie in a register: how many bits, and their value in the accumulator's type.
-struct ElementHalf {
-  static constexpr int kBits = 16;
-  using Acc = float;
-  static float value(uint32_t x) { return widen(Half{static_cast<uint16_t>(x)}); }
-};
-struct ElementBfloat {
-  static constexpr int kBits = 16;
-  using Acc = float;
-  static float value(uint32_t x) { return bits_to_float(x << 16); }
-};
-struct ElementTf32 {
-  static constexpr int kBits = 32;
-  using Acc = float;
-  static float value(uint32_t x) { return bits_to_float(x & 0xffffe000); }
-};
-struct ElementE4m3 {
-  static constexpr int kBits = 8;
-  using Acc = float;
-  static float value(uint32_t x);
-};
-struct ElementE5m2 {
-  static constexpr int kBits = 8;
-  using Acc = float;
-  static float value(uint32_t x) { return widen(Half{static_cast<uint16_t>(x << 8)}); }
-};
-template <class T>
-struct ElementByte {
-  static constexpr int kBits = 8;
-  using Acc = int32_t;
-  static int32_t value(uint32_t x) { return static_cast<T>(x); }
-};
 struct ElementU4 {
   static constexpr int kBits = 4;
   using Acc = int32_t;
@@ -52,42 +20,6 @@ struct ElementS4 {
   using Acc = int32_t;
   static int32_t value(uint32_t x) { return static_cast<int32_t>(x << 28) >> 28; }
 };
-
-float ElementE4m3::value(uint32_t x) {
-  static const auto table = [] {
-    std::array<float, 256> t{};
-    for (uint32_t k = 0; k < 256; ++k) t[k] = decode(k, kE4m3Format);
-    return t;
-  }();
-  return table[x];
-}
-
-template <class Element>
-inline uint32_t extract(uint32_t reg, int index) {
-  if constexpr (Element::kBits == 32)
-    return reg;
-  else
-    return reg >> (index * Element::kBits) & ((1u << Element::kBits) - 1);
-}
-
-// rows x k from registers that each hold 8 rows by `4 * kPer` of k; `kRows / 8` registers lie above one another before
-// k advances.
-template <class Element, int kRows, int kDepth>
-inline void unpack(const Warp& w, const uint32_t* slots, typename Element::Acc (&out)[kRows][kDepth]) {
-  constexpr int kPer = 32 / Element::kBits, kDown = kRows / 8, kRegisters = kRows * kDepth / (32 * kPer);
-  for (int r = 0; r < kRegisters; ++r) {
-    const uint32_t* reg = w.lanes<const uint32_t>(slots[r]);
-    for (int row = 0; row < 8; ++row) {
-      auto* to = &out[r % kDown * 8 + row][r / kDown * 4 * kPer];
-      if constexpr (Element::kBits == 16) {
-        const auto* from = reinterpret_cast<const uint16_t*>(reg + 4 * row);
-        for (int c = 0; c < 8; ++c) to[c] = Element::value(from[c]);
-      } else {
-        for (int c = 0; c < 4 * kPer; ++c) to[c] = Element::value(extract<Element>(reg[4 * row + c / kPer], c % kPer));
-      }
-    }
-  }
-}
 
 using Words = uint32_t __attribute__((vector_size(64)));
 

@@ -24,15 +24,18 @@ void Parser::function(bool external) {
       out[1] = out[2] = 1;
       for (int i = 1; i < 3 && accept(","); ++i) out[i] = static_cast<uint32_t>(integer(1u << 30));
     };
-    uint32_t ignored[3];
     if (accept(".maxntid"))
       triple(f.max_threads);
     else if (accept(".reqntid"))
       triple(f.required_threads);
     else if (accept(".reqnctapercluster"))
       triple(f.cluster);
-    else if (accept(".minnctapersm") || accept(".maxnreg") || accept(".maxnctapersm") || accept(".maxclusterrank"))
-      triple(ignored);
+    else if (accept(".minnctapersm") || accept(".maxnctapersm"))
+      f.blocks_per_sm = static_cast<uint32_t>(integer(1u << 10));
+    else if (accept(".maxnreg"))
+      f.most_registers = static_cast<uint32_t>(integer(1u << 10));
+    else if (accept(".maxclusterrank"))
+      integer(1u << 10);
     else if (accept(".noreturn") || accept(".explicitcluster") || accept(".blocksareclusters"))
       continue;
     else if (accept(".pragma"))

@@ -223,11 +223,3 @@ PTX_API cudaError_t cudaRuntimeGetVersion(int* version) {
 }
 PTX_API cudaError_t cudaProfilerStart() { return cudaSuccess; }
 PTX_API cudaError_t cudaProfilerStop() { return cudaSuccess; }
-
-PTX_API cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
-                                                     cudaDriverEntryPointQueryResult* status) {
-  if (!symbol || !function) return record(cudaErrorInvalidValue);
-  *function = nullptr;  // there is no driver interface yet: tensor maps come with the asynchronous engines
-  if (status) *status = cudaDriverEntryPointSymbolNotFound;
-  return cudaSuccess;
-}

@@ -9,6 +9,7 @@
 #include "checks/transfers.h"
 #include "counts/history.h"
 #include "counts/report.h"
+#include "device.h"
 #include "findings.h"
 #include "memory.h"
 #include "runtime/state.h"
@@ -30,6 +31,12 @@ thread_local std::string interface_error;
 using namespace ptx_emulator;
 
 PTX_API const char* ptx_emulator_error() { return interface_error.c_str(); }
+
+// The device of what is loaded and launched from now on: 80, 86 or 90. 0 on success.
+PTX_API int ptx_emulator_device(int sm) {
+  if (set_device(sm)) return cudaSuccess;
+  return interface_error = "device " + std::to_string(sm) + ": expected 80, 86 or 90", cudaErrorInvalidValue;
+}
 
 // Parses and decodes PTX text; null on errors, which ptx_emulator_error then tells.
 PTX_API void* ptx_emulator_load(const char* text, size_t bytes) {

@@ -95,6 +95,7 @@ void Block::run_group(Warp& w, ConvergenceGroup f) {
         w.shadow->parted = !join && active == mask;
         // What lanes do together is checked once they have come together.
         if (active && i.kind != Kind::kWarpSync && !grid->checker->before(w, i, effects)) {
+          if (shadow.woken) shadow.woken = false, wake();
           ++pc;
           continue;
         }
@@ -249,6 +250,26 @@ void Block::run_group(Warp& w, ConvergenceGroup f) {
         if (stalled(w) && release_joins(w)) w.stalls = 0;
         return;
       }
+      case Kind::kSignal:
+        i.run(w, i);
+        if (w.phases) w.phases = 0, wake();
+        ++pc;
+        break;
+      case Kind::kWait:
+        i.run(w, i);
+        if (w.predicate(i.slots[1]) & active) {
+          ++pc;
+          break;
+        }
+        set_aside(active);
+        return wait(w, i, {pc, mask, frame, join});
+      case Kind::kRegisters:
+        if (set_registers(w, i)) {
+          ++pc;
+          break;
+        }
+        set_aside(active);
+        return wait(w, i, {pc, mask, frame, join});
       case Kind::kPlain:
         break;
     }
@@ -323,13 +344,16 @@ bool Block::run() {
       spinning = w->spinning;
     }
     if (live == 0) {
+      if (grid->checker) grid->checker->end_block(shadow);
       account();
       return true;
     }
+    if (grid->checker && land_copies(!any, spinning)) continue;
     if (!any) {
       bool released = false;
       for (auto& w : warps) released |= release_joins(*w);
-      if (!released) throw KernelFault{kLaunchTimeout, "deadlock: no thread of the block can run" + where()};
+      if (!released && !time_out())
+        throw KernelFault{kLaunchTimeout, "deadlock: no thread of the block can run" + where()};
     }
     if (spinning) ++fruitless;
     if (spinning || (++slices & 7) == 0) {
@@ -340,10 +364,24 @@ bool Block::run() {
   }
 }
 
+// Of a checked launch, bulk copies in flight: they land where nothing else goes on, at random before. True: the block
+// has to go on with what that woke.
+bool Block::land_copies(bool idle, bool spinning) {
+  LaunchChecker& checker = *grid->checker;
+  const bool random = checker.settings.schedule == Schedule::kRandom;
+  if (idle || spinning || (random && checker.random() % 4 == 0)) {
+    const bool landed = checker.land_bulk(shadow);
+    if (shadow.woken) shadow.woken = false, wake();
+    return landed && idle;
+  }
+  return false;
+}
+
 // The finding names a thread that waits, and where.
 void Block::report_deadlock(const std::string& message) const {
   for (const Barrier& b : barriers)
     for (const Waiting& entry : b.waiting) return grid->checker->deadlock(message, *entry.warp, entry.group);
+  for (const Waiting& entry : waits) return grid->checker->deadlock(message, *entry.warp, entry.group);
   for (const auto& w : warps)
     for (const auto* list : {&w->parked})
       for (const ConvergenceGroup& f : *list) return grid->checker->deadlock(message, *w, f);
@@ -367,6 +405,12 @@ std::string Block::where() const {
     for (const ConvergenceGroup& f : w->parked) add("waits for other lanes", f);
     for (const Join* j : w->joins)
       if (j->arrived) add("waits to reconverge", {j->pc, j->arrived, j->frame, nullptr});
+    for (const Waiting& entry : waits)
+      if (entry.warp == w.get())
+        add(entry.instruction->kind == Kind::kWait
+                ? "waits for a phase of an mbarrier"
+                : ("waits for registers (" + std::to_string(free_registers) + " are free)").c_str(),
+            entry.group);
     for (size_t k = 0; k < barriers.size(); ++k)
       for (const Waiting& entry : barriers[k].waiting)
         if (entry.warp == w.get())

@@ -43,6 +43,10 @@ struct Block {
   AlignedBytes shared;
   uint32_t shared_bytes = 0;
   std::array<Barrier, 16> barriers;
+  std::vector<Waiting> waits;            // for an mbarrier's phase, or registers
+  uint64_t timed_out = 0;                // writes() + 1 when they last waited for too long
+  std::vector<int64_t> multiplications;  // groups of wgmma that each warp has committed
+  uint32_t free_registers = 0;           // of a thread of a warp, that setmaxnreg gave back
   uint32_t live = 0;
   uint64_t fruitless = 0;  // slices spent in spins since the grid last changed
   uint64_t seen_writes = 0;
@@ -76,12 +80,21 @@ struct Block {
   void barrier(Warp& w, const Instruction& i, ConvergenceGroup f, uint32_t active);
   void check_barriers();
   void complete(Barrier& b);
+  void wait(Warp& w, const Instruction& i, ConvergenceGroup f);
+  void wake();
+  bool time_out();
+  bool land_copies(bool idle, bool spinning);
+  bool set_registers(Warp& w, const Instruction& i);
   void call_builtin(Warp& w, const Call& call, Frame* frame, uint32_t mask);
   uint8_t* resolve(Warp& w, int lane, uint64_t address);
 };
 
+// Registers of a thread at the launch of a kernel that uses setmaxnreg.
+uint32_t launch_registers(const Kernel& kernel, uint32_t threads);
+
 struct Grid {
   LaunchRequest request;
+  AlignedBytes parameters;  // a tensor map among them lies on 64 bytes
   uint64_t total = 0, limit = 1;
   uint32_t threads = 0, warps = 0;
   uint32_t local_stride = 0;

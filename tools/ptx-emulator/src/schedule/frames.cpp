@@ -21,7 +21,7 @@ Block::Block(Grid& g) : grid(&g) {
     auto w = std::make_unique<Warp>();
     w->index = k;
     w->block = this;
-    w->parameters = g.request.parameters.data();
+    w->parameters = g.parameters.get();
     w->shared = shared.get();
     w->shared_bytes = shared_bytes;
     w->local_stride = g.local_stride;
@@ -40,12 +40,20 @@ void Block::reset(uint64_t new_index) {
   live = grid->threads;
   fruitless = 0;
   for (Barrier& b : barriers) b = Barrier{};
+  waits.clear();
+  timed_out = 0;
+  multiplications.assign(grid->warps, 0);
+  free_registers = 0;
+  const uint32_t registers =
+      grid->request.kernel->sets_registers ? launch_registers(*grid->request.kernel, grid->threads) : 0;
   for (auto& w : warps) {
     const uint32_t count = std::min<uint32_t>(kLanes, grid->threads - w->index * kLanes);
     w->present = w->live = count == kLanes ? kAllLanes : (1u << count) - 1;
     w->spins = w->stalls = 0;
     w->turns_spun = 0;
     w->polls = 0;
+    w->phases = 0;
+    w->held = registers;
     w->ready.clear();
     w->parked.clear();
     while (!w->joins.empty()) drop_join(*w, w->joins.back());

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cfenv>
 #include <cstdio>
+#include <cstring>
 #include <thread>
 
 #include "guarded.h"
@@ -205,6 +206,9 @@ LaunchResult run_grid(const LaunchRequest& request) {
   Grid grid;
   grid.request = request;
   grid.request.parameters.resize(std::max<size_t>(request.parameters.size(), request.kernel->parameter_bytes) + 64);
+  const size_t parameter_bytes = grid.request.parameters.size();
+  grid.parameters = aligned_bytes(parameter_bytes);
+  std::memcpy(grid.parameters.get(), grid.request.parameters.data(), parameter_bytes);
   grid.total = request.grid.count();
   grid.threads = static_cast<uint32_t>(request.block.count());
   grid.warps = (grid.threads + kLanes - 1) / kLanes;
@@ -221,8 +225,7 @@ LaunchResult run_grid(const LaunchRequest& request) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   grid.checker = std::make_unique<LaunchChecker>(grid.request, grid.warps, launch_settings());
-  grid.checker->set_memory(grid.request.parameters.data(), grid.request.parameters.size(), grid.workspace,
-                           sizeof(grid.workspace));
+  grid.checker->set_memory(grid.parameters.get(), parameter_bytes, grid.workspace, sizeof(grid.workspace));
   const std::pair<uint32_t, uint32_t> warps = grid.checker->warps();
   Pool::instance().run(grid, 1);
   std::fflush(stdout);
