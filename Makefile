@@ -52,7 +52,7 @@ bench-kernels: .venv/ptx-emulator
 	for kernel in $(KERNELS); do build/cmake/bench/$$kernel $(BENCH) || exit 1; echo; done
 
 # On a machine with a GPU and a torch for CUDA 13: tests, compute-sanitizer, microbenchmarks and end-to-end times, to build/gpu.json.
-# In parts: make gpu PARTS="tests sanitizer" (kernels, end-to-end).
+# In parts: make gpu PARTS="tests sanitizer" (kernels, end-to-end). Without a GPU, in tiny shapes: make gpu PARTS=--rehearse.
 .PHONY: gpu
 gpu:
 	$(BIN)/python bench/gpu.py $(PARTS)

@@ -3,6 +3,7 @@
 Rounds, medians and yardsticks are bench/prefill.py's; every round runs every depth once. An object of the list that
 --json prints is one depth with one prompt length:
 
+    processor, instruction_set, cores, threads      what it ran on
     prefill_depth, prompt_tokens
     seconds, seconds_range                  to the last prompt token's logits: median of the rounds, [least, most]
     stages_seconds                          medians of truncated_prefill, projection and boundary
@@ -37,6 +38,10 @@ def measure(model: str, depths: list[int] | None, **settings) -> list[dict]:
         depths = [max(1, round(layers * share)) for share in SHARES]
     lines = compare(model, [], depths=depths, decode_tokens=1, **settings)
     kept = (
+        "processor",
+        "instruction_set",
+        "cores",
+        "threads",
         "prefill_depth",
         "prompt_tokens",
         "stages_seconds",
@@ -56,6 +61,9 @@ def measure(model: str, depths: list[int] | None, **settings) -> list[dict]:
 
 
 def show(lines: list[dict], console: Console) -> None:
+    console.print(
+        f"{lines[0]['processor']}, {lines[0]['instruction_set']}, {lines[0]['threads']} threads", soft_wrap=True
+    )
     for tokens in sorted({line["prompt_tokens"] for line in lines}):
         table = Table(title=f"{tokens} prompt tokens, ms", box=box.SIMPLE_HEAD, collapse_padding=True)
         for column in ("depth", "prefill", "truncated", "projection", "boundary", "speed", "predicted", "GEMM"):

@@ -6,7 +6,7 @@ then decodes d tokens greedily. The answer:
 
     prefill_seconds, decode_seconds             wall time; decode_seconds is of all d tokens
     prefill_cpu_seconds, decode_cpu_seconds     processor time of the whole process, all threads
-    stages                                      prefill_seconds by stage ("pop")
+    dtype, stages                               of the weights, and prefill_seconds by stage ("pop")
     cpu_seconds                                 processor time of the command altogether
 
 "machine" is not an engine but the yardstick; to {} it answers with the rates of a large matrix multiplication and of
@@ -82,11 +82,12 @@ def fast_dtype(size: int = 512) -> str:
 class Machine:
     """What the machine can do: multiply-adds of a large matrix multiplication, and bytes read, per second."""
 
-    def __init__(self, model: str, size: int = 4096, read_bytes: int = 2**29):
+    def __init__(self, model: str, read_bytes: int = 2**29):
         import torch
 
         torch.set_num_threads(THREADS)
         self.torch, self.dtype = torch, fast_dtype()
+        size = 4096 if self.dtype == "bfloat16" else 2048  # a fraction of a second either way
         self.a, self.b = (torch.randn(size, size).to(getattr(torch, self.dtype)) for _ in range(2))
         self.memory = torch.ones(read_bytes // 8, dtype=torch.int64)
 
@@ -116,7 +117,7 @@ class Pop:
         import pop_ext
 
         torch.set_num_threads(THREADS)
-        self.model = pop_ext.load(model, dtype=torch.bfloat16, device="cpu")
+        self.model = pop_ext.load(model, device="cpu")
 
     def run(self, prompt_tokens: int, decode_tokens: int, prefill_depth: int) -> dict:
         prompt = random_prompt(self.model.spec.vocab_size, prompt_tokens)
@@ -128,7 +129,8 @@ class Pop:
             for _ in range(decode_tokens):
                 token = self.model.decode([sequence], [token])[0].argmax().item()
         self.model.free(sequence)
-        return times(prefill, decode, stages={name: getattr(stages, name) for name in stages.STAGES})
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return times(prefill, decode, dtype=dtype, stages={name: getattr(stages, name) for name in stages.STAGES})
 
 
 class Transformers:
@@ -190,14 +192,14 @@ class OpenVINO:
     """OpenVINO GenAI, from a folder that optimum-intel exported; tokens are timed as they reach a streamer."""
 
     def __init__(self, model: str, dtype: str = "bfloat16", **properties):
+        """properties: OpenVINO's own, over those that suit two threads."""
         import numpy
         import openvino
         import openvino_genai
 
         self.numpy, self.openvino, self.genai = numpy, openvino, openvino_genai
-        precision = {"bfloat16": "bf16", "float32": "f32"}[dtype]
-        defaults = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
-        defaults |= {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS}
+        defaults = {"INFERENCE_PRECISION_HINT": {"bfloat16": "bf16", "float32": "f32"}[dtype]}
+        defaults |= {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": THREADS, "ATTENTION_BACKEND": "PA"}
         self.pipeline = openvino_genai.LLMPipeline(model, "CPU", **defaults | properties)
         with open(os.path.join(model, "config.json")) as file:
             self.vocab_size = json.load(file)["vocab_size"]

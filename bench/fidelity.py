@@ -78,7 +78,7 @@ def main() -> None:
             f"a full pass over them takes {full_pass(arguments.model, provenance['tokens']):.0f} s"
         )
         common = ("evaluate", arguments.model, *depths, "--calibration", file, "--text", arguments.text, "--json")
-        results = {"methods": json.loads(pop(*common))}
+        results = {"methods": json.loads(pop(*common, "--baselines"))}
         show("Methods", results["methods"])
         methods = ("--method", "pop_uncalibrated", "--method", "pop_calibrated")
         lengths = [x for length in CONTEXTS for x in ("--prompt-tokens", length)]

@@ -1,10 +1,10 @@
 """bench/prefill.py with OpenVINO GenAI as well: `python bench/peers.py MODEL [--json]`.
 
 Makes what it needs under build/, once: an environment of its own (OpenVINO wants other versions than ours), and the
-model exported by optimum-intel, in the dtype that its folder has. The configuration is the fastest of those measured on
-two AVX-512 bf16 cores: the paged-attention backend (its default; the other is slower at 2,048 tokens), multiplications
-and key/value cache in bf16 (in fp32 where the processor has no bf16 instructions). Its default, an 8-bit cache, was no
-faster in prefill or decode; weights stored in fp32, fp16 or bf16 all become bf16 when it loads them.
+model exported by optimum-intel, in the dtype that its folder has. It multiplies in bf16 (in fp32 where the processor
+has no bf16 instructions), with the paged-attention backend (its default; the other was slower at 2,048 tokens on two
+AVX-512 bf16 cores). Its key/value cache is 8-bit by default, or in one of the float formats: a trial at the start
+decides.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pop_ext.checkpoints.files import resolve_folder
 TORCH = "torch==2.13.0"
 PACKAGES = ["openvino==2026.4.1", "openvino-genai==2026.4.1.0", "optimum-intel==2.2.0"]
 ENVIRONMENT = ROOT / "build" / "peers-venv"
-OPENVINO_OPTIONS = {"ATTENTION_BACKEND": "PA"}
+SETTINGS = [{}, {"KV_CACHE_PRECISION": "bf16"}, {"KV_CACHE_PRECISION": "f32"}]
 
 
 def run(*command: str) -> None:
@@ -67,5 +67,5 @@ if __name__ == "__main__":
     console = Console(stderr=True)
     folder = resolve_folder(options.model)
     python = make_environment(console)
-    openvino = Peer("openvino", str(export_openvino(folder, python, console)), OPENVINO_OPTIONS, str(python))
+    openvino = Peer("openvino", str(export_openvino(folder, python, console)), SETTINGS, str(python))
     main(options, [*(Peer(engine, options.model) for engine in options.peers), openvino])

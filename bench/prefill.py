@@ -1,14 +1,16 @@
 """Prompt and decode speed, ours and others': `python bench/prefill.py MODEL [--json]`.
 
 Every engine runs in a process of its own (bench/engines.py) on two threads, writes a key/value cache, and computes the
-last prompt token's logits; one runs at a time. "pop" runs in bf16, the others in the dtype that torch multiplies faster
-in here: bf16, or fp32 where the processor has no instructions for bf16. Rounds are interleaved: in each, the machine's
-yardsticks are taken and every engine runs every prompt length once, in an order that turns from round to round. Ratios
-are taken within a round; what is reported are medians over the rounds.
+last prompt token's logits; one runs at a time. "pop" runs as `load` chooses, the others in the dtype that torch
+multiplies faster in here: bf16, or fp32 where the processor has no instructions for bf16. A peer with several settings
+tries each at the start and keeps the fastest. Rounds are interleaved: in each, the machine's yardsticks are taken and
+every engine runs every prompt length once, in an order that turns from round to round. Ratios are taken within a round;
+what is reported are medians over the rounds.
 
 A line of the result (an object of the list that --json prints) is one engine with one prompt length:
 
-    dtype                      of the engine's weights and multiplications
+    processor, instruction_set, cores, threads      what it ran on; instruction_set is that of "pop"
+    dtype, settings            of the engine's weights and multiplications, and what it was started with
     engine, prefill_depth      "pop" is this project; prefill_depth layers run for all prompt tokens
     prompt_tokens              n
     tokens_per_second          n over the time to the last token's logits; tokens_per_second_range is [slowest, fastest]
@@ -37,7 +39,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
@@ -47,6 +49,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import pop_ext  # noqa: E402
 from bench.engines import THREADS  # noqa: E402
 from pop_ext.checkpoints.config import load_config  # noqa: E402
 from pop_ext.checkpoints.families import ModelSpec  # noqa: E402
@@ -104,6 +107,21 @@ def decode_bytes(spec: ModelSpec, weight_bytes: int = 2) -> int:
 # Running
 
 QUIET = 0.1  # processors that others may use during an undisturbed sample
+LOW_SHARE = 0.6  # of the machine's large GEMM: below it, "pop" does not serve this processor well
+
+
+def processor() -> dict:
+    """The machine's fields of a line."""
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    entries = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in first.splitlines())}
+    numbers = f"family {entries.get('cpu family', '?')}, model {entries.get('model', '?')}"
+    build = pop_ext.build_info()
+    return {
+        "processor": f"{entries.get('model name', 'unknown')} ({numbers})",
+        "instruction_set": build["cpu_isa"],
+        "cores": build["cpu_cores"],
+        "threads": THREADS,
+    }
 
 
 class EngineError(RuntimeError):
@@ -187,11 +205,13 @@ class Worker:
 
 @dataclass
 class Peer:
-    """An engine to compare with: its name in bench/engines.py, and the model's form and the Python that it wants."""
+    """An engine to compare with: its name in bench/engines.py, the model's form, the settings to choose from by trial,
+    and the Python that it wants.
+    """
 
     engine: str
     model: str
-    options: dict = field(default_factory=dict)
+    settings: list[dict] = field(default_factory=lambda: [{}])
     python: str = sys.executable
 
 
@@ -202,6 +222,7 @@ class Contender:
     engine: str
     prefill_depth: int
     dtype: str
+    settings: dict
     worker: Worker
     arguments: dict
     samples: dict[int, list[dict]] = field(default_factory=dict)
@@ -229,18 +250,33 @@ def compare(
     kind = "cpu_seconds" if processor_time else "seconds"
     workers: list[Worker] = []
 
-    def start(peer: Peer) -> Worker:
-        workers.append(Worker(peer.engine, peer.model, peer.options, peer.python, environment))
+    def start(peer: Peer, settings: dict) -> Worker:
+        workers.append(Worker(peer.engine, peer.model, settings, peer.python, environment))
         return workers[-1]
 
+    def start_fastest(peer: Peer, dtype: str) -> tuple[dict, Worker]:
+        """The settings that read the longest prompt fastest, by trial where there are several, and a worker of them."""
+        settings = peer.settings[0]
+        if len(peer.settings) > 1:
+            seconds = []
+            for tried in peer.settings:
+                say(f"trying {peer.engine} with {tried}")
+                worker = start(peer, {"dtype": dtype} | tried)
+                runs = [worker.run(prompt_tokens=max(prompt_tokens), decode_tokens=1) for _ in range(3)]
+                seconds.append(min(run[f"prefill_{kind}"] for run in runs[1:]))
+                worker.close()
+                workers.remove(worker)
+            settings = peer.settings[seconds.index(min(seconds))]
+        return settings, start(peer, {"dtype": dtype} | settings)
+
     try:
-        machine = start(Peer("machine", str(folder)))
+        machine = start(Peer("machine", str(folder)), {})
         dtype = machine.run()["dtype"]
-        pop = start(Peer("pop", str(folder)))
-        contenders = [Contender("pop", depth, "bfloat16", pop, {"prefill_depth": depth}) for depth in depths]
+        pop = start(Peer("pop", str(folder)), {})
+        own = pop.run(prompt_tokens=1, decode_tokens=0, prefill_depth=layers)["dtype"]
+        contenders = [Contender("pop", depth, own, {}, pop, {"prefill_depth": depth}) for depth in depths]
         for peer in peers:
-            worker = start(replace(peer, options={"dtype": dtype} | peer.options))
-            contenders.append(Contender(peer.engine, layers, dtype, worker, {}))
+            contenders.append(Contender(peer.engine, layers, dtype, *start_fastest(peer, dtype), {}))
         for contender in contenders:  # twice: caches warm and compilers done, for every length
             for count in 2 * prompt_tokens:
                 say(f"warming up {contender.engine} with {count} tokens")
@@ -262,7 +298,7 @@ def compare(
     scale = THREADS if processor_time else 1  # of processor time, what all threads could do in a second
     gemm = [y[f"multiplications_per_{unit}"] for y in yardsticks]
     bandwidth = [y[f"read_bytes_per_{unit}"] for y in yardsticks]
-    lines = []
+    lines, machine_fields = [], processor()
     for count in prompt_tokens:
         limits = [rate * count / plain_multiplications(spec, count) for rate in gemm]
         rates = {id(c): [scale * count / s[f"prefill_{kind}"] for s in c.samples[count]] for c in contenders}
@@ -271,10 +307,11 @@ def compare(
             samples, rate = c.samples[count], rates[id(c)]
             decode = [scale * decode_tokens / s[f"decode_{kind}"] for s in samples]
             weights = decode_bytes(spec, 2 if c.dtype == "bfloat16" else 4)
-            line = {
+            line = machine_fields | {
                 "engine": c.engine,
                 "prefill_depth": c.prefill_depth,
                 "dtype": c.dtype,
+                "settings": c.settings,
                 "prompt_tokens": count,
                 "tokens_per_second": median(rate),
                 "tokens_per_second_range": [min(rate), max(rate)],
@@ -304,7 +341,9 @@ def compare(
 def show(lines: list[dict], console: Console, processor_time: bool = False) -> None:
     gemm, memory = (lines[0][key] for key in ("gemm_gigaflops", "read_gigabytes_per_second"))
     load = mean(line["other_load"] for line in lines)
-    title = f"{THREADS} threads; large GEMM ({lines[0]['gemm_dtype']}) {gemm:.0f} GFLOP/s, memory {memory:.1f} GB/s"
+    on = f"{lines[0]['processor']}, {lines[0]['cores']} cores, pop with {lines[0]['instruction_set']}"
+    rates = f"large GEMM ({lines[0]['gemm_dtype']}) {gemm:.0f} GFLOP/s, memory {memory:.1f} GB/s"
+    title = f"{on}\n{THREADS} threads; {rates}"
     caption = f"by {'processor' if processor_time else 'wall'} time; others kept {load:.2f} processors busy"
     table = Table(title=title, caption=caption)
     for column in ("engine", "dtype", "depth", "prompt", "tokens/s", "range", "limit", "pop", "decode", "memory"):
@@ -331,7 +370,16 @@ def show(lines: list[dict], console: Console, processor_time: bool = False) -> N
         style="dim",
         soft_wrap=True,
     )
+    for engine, settings in {line["engine"]: line["settings"] for line in lines if line["settings"]}.items():
+        console.print(f"{engine} was fastest with {settings}", style="dim", soft_wrap=True)
     depths = [line["prefill_depth"] for line in lines if line["engine"] == "pop"]
+    for line in lines:
+        if line["engine"] == "pop" and line["prefill_depth"] == max(depths) and line["gemm_share"] < LOW_SHARE:
+            console.print(
+                f"warning: {line['prompt_tokens']} tokens at full depth reach {line['gemm_share']:.0%} of the large"
+                f" GEMM here, expected at least {LOW_SHARE:.0%}",
+                soft_wrap=True,
+            )
     for line in lines:
         if line["engine"] == "pop" and line["prefill_depth"] < max(depths):
             ratio, prediction = line["relative"], line["predicted_relative"]

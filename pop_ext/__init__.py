@@ -18,23 +18,27 @@ _PUBLIC = {
     "Model": "runtime.generation",
     "NonFiniteError": "runtime.finite",
     "StageTimes": "runtime.device",
+    "attach": "integrations.transformers",
     "build_info": "ops",
     "calibrate": "analysis.workflows",
     "cpu_isa": "ops",
     "cpu_isas": "ops",
+    "detach": "integrations.transformers",
     "evaluate": "analysis.workflows",
     "load": "runtime.loading",
     "measure_importance": "analysis.workflows",
     "set_cpu_isa": "ops",
     "suggest_depth": "analysis.workflows",
+    "tune": "analysis.workflows",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from .analysis.workflows import calibrate, evaluate, measure_importance, suggest_depth
+    from .analysis.workflows import calibrate, evaluate, measure_importance, suggest_depth, tune
     from .checkpoints.calibration import Calibration, CalibrationError
     from .checkpoints.files import CheckpointError
+    from .integrations.transformers import attach, detach
     from .ops import build_info, cpu_isa, cpu_isas, set_cpu_isa
     from .runtime.device import DeviceMemoryError, StageTimes
     from .runtime.finite import NonFiniteError
@@ -54,7 +58,7 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({name for name in globals() if name.startswith("__")}.union(__all__))
 
 
 class _RegisterWithTorch(MetaPathFinder):

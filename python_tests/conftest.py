@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import TINY, real_model, tiny_folder
+from helpers import TINY, real_model, tiny_folder, transformers_model
 
 
 @pytest.fixture(scope="session", params=list(TINY))
@@ -30,6 +31,42 @@ def tiny_gemma(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session", params=["smollm2-135m", "gemma-3-270m"])
 def real(request) -> Path:
     return real_model(request.param)
+
+
+@pytest.fixture
+def folder(tiny_llama, tmp_path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(tiny_llama, tmp_path) -> Path:
+    transformers_model(tiny_llama).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    return tmp_path / "model"
+
+
+# Ours and transformers' model of one checkpoint (pairs.Pair)
+
+
+@pytest.fixture
+def pair(tiny):
+    from pairs import pair_of
+
+    return pair_of(tiny)
+
+
+@pytest.fixture
+def llama(tiny_llama):
+    from pairs import pair_of
+
+    return pair_of(tiny_llama)
+
+
+@pytest.fixture
+def gemma(tiny_gemma):
+    from pairs import pair_of
+
+    return pair_of(tiny_gemma)
 
 
 # Instruction sets of the CPU operations.

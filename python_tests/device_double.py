@@ -8,7 +8,7 @@ what it refuses and counts, with the file and line in pop_ext:
 - `log` has every copy between host and device, and every wait of the host for the device;
 - what a non-blocking copy brings to the host is garbage until an event that was recorded after it was waited for, and
   the source of one to the device must not change before that;
-- in a capture, operations of torch raise: only the kernels of pop_ext can be replayed there.
+- in a capture, operations of torch raise: only the kernels of pop_ext can be replayed there, and they must be loaded.
 
 Pinned memory and streams other than the current one are not modelled.
 """
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from pop_ext import ops
+from pop_ext.runtime import device as devices
 
 NAME = "gpudouble"
 GARBAGE = -77
@@ -203,6 +204,32 @@ class _Keep(TorchDispatchMode):
         return out
 
 
+kernels_loaded = 0
+
+
+def load_cuda_kernels(device=None) -> int:
+    """`ops.load_cuda_kernels` here."""
+    global kernels_loaded
+    _kernels()
+    message = ctypes.create_string_buffer(1024)
+    kernels_loaded = ctypes.CDLL(str(ops.CUDA_LIBRARY)).pop_cuda_load_kernels(message, len(message))
+    assert kernels_loaded > 0, message.value
+    return kernels_loaded
+
+
+@contextlib.contextmanager
+def installed():
+    """The double is among the devices that models run on."""
+    load = ops.load_cuda_kernels
+    devices.ACCELERATORS.add(NAME)
+    ops.load_cuda_kernels = load_cuda_kernels
+    try:
+        yield
+    finally:
+        devices.ACCELERATORS.discard(NAME)
+        ops.load_cuda_kernels = load
+
+
 @functools.cache
 def _kernels():
     ops.make_way_for_cuda()
@@ -229,6 +256,8 @@ class _Graph:
         return ptx_emulator.runtime(), ctypes.CDLL(str(ops.CUDA_LIBRARY))
 
     def _capture(self):
+        if not kernels_loaded:
+            raise RuntimeError(f"a capture at {_site()} before ops.load_cuda_kernels: it would load them, and fail")
         library, kernels = self._runtime()
         if _Graph.stream is None:
             _Graph.stream = ctypes.c_void_p()

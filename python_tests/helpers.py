@@ -6,9 +6,14 @@ gains of one, biases of zero, weights so small that every attention is uniform) 
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
+import re
 import shutil
+import struct
+import subprocess
+import termios
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -270,3 +275,30 @@ def cuda_operations():
         pytest.skip("no GPU, and the CUDA runtime of this torch cannot be displaced by the PTX emulator's")
     ops.make_way_for_cuda()
     return ptx_emulator.torch_ops(ops.CUDA_LIBRARY, "pop")
+
+
+# Terminals.
+
+
+def run_in_terminal(command: list[str], columns: int, **options) -> tuple[int, str]:
+    """Exit status and what a terminal so wide shows of a command, standard output and error alike, without colours.
+
+    What a carriage return or a cursor movement wipes out (progress bars) is among it.
+    """
+    terminal, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    environment |= {"TERM": "xterm"} | options
+    shown = b""
+    with subprocess.Popen(command, stdin=end, stdout=end, stderr=end, env=environment) as process:
+        os.close(end)
+        while True:
+            try:
+                data = os.read(terminal, 65536)
+            except OSError:  # what Linux says at the end of a terminal
+                break
+            if not data:
+                break
+            shown += data
+    os.close(terminal)
+    return process.returncode, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import prefill  # noqa: E402
 
+import pop_ext  # noqa: E402
 from pop_ext.checkpoints.families import ModelSpec  # noqa: E402
 
 SMOLLM2 = transformers.LlamaConfig(
@@ -71,7 +72,10 @@ def test_json_lines(folder):
         (engine, depth, tokens) for tokens in (8, 33) for engine, depth in [("pop", 4), ("pop", 3), ("transformers", 4)]
     ]
     assert all(line["dtype"] == ("bfloat16" if line["engine"] == "pop" else line["gemm_dtype"]) for line in lines)
+    build = pop_ext.build_info()
     for line in lines:
+        assert line["processor"] == prefill.processor()["processor"] and line["threads"] == 2
+        assert (line["instruction_set"], line["cores"]) == (build["cpu_isa"], build["cpu_cores"])
         numbers = "tokens_per_second", "limit_share", "relative", "decode_tokens_per_second", "decode_bandwidth_share"
         assert all(line[key] > 0 for key in numbers)
         slow, fast = line["tokens_per_second_range"]
@@ -80,6 +84,40 @@ def test_json_lines(folder):
         assert line["decode_context_tokens"] == line["prompt_tokens"]
         assert ("predicted_relative" in line) == (line["engine"] == "pop")
     assert all(line["relative"] == 1 for line in lines if line["engine"] == "pop" and line["prefill_depth"] == 4)
+
+
+def test_a_peer_runs_with_the_fastest_of_its_settings(folder, monkeypatch):
+    peer = prefill.Peer("transformers", str(folder), [{"attention": "sdpa"}, {"attention": "eager"}])
+    run = prefill.Worker.run
+    for slow, fast in (("sdpa", "eager"), ("eager", "sdpa")):
+
+        def slowed(self, slow=slow, **command):
+            answer = run(self, **command)
+            factor = 100 if f'"{slow}"' in " ".join(self.process.args) else 1
+            return answer | {key: factor * answer[key] for key in answer if key.endswith("_seconds")}
+
+        monkeypatch.setattr(prefill.Worker, "run", slowed)
+        lines = prefill.compare(str(folder), [peer], prompt_tokens=[8], rounds=1, decode_tokens=1)
+        assert [line["settings"] for line in lines if line["engine"] == "transformers"] == [{"attention": fast}]
+
+
+def test_a_low_share_of_the_machine_is_said(folder, capsys):
+    lines = prefill.compare(str(folder), [], prompt_tokens=[8], rounds=1, decode_tokens=1)
+    for share, said in ((0.59, True), (0.61, False)):
+        prefill.show([line | {"gemm_share": share} for line in lines], prefill.Console())
+        assert ("warning: 8 tokens at full depth reach" in capsys.readouterr().out) == said
+
+
+def test_attached_lines(folder):
+    command = [sys.executable, str(ROOT / "bench" / "attach.py"), str(folder), "--rounds", "2", "--prompt-tokens", "9"]
+    result = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = json.loads(result.stdout)
+    keys = [(line["attached"], line["prefill_depth"], line["prompt_tokens"]) for line in lines]
+    assert keys == [(False, 4, 9), (True, 3, 9), (True, 2, 9)]
+    assert lines[0]["relative"] == 1 and all(line["tokens_per_second"] > 0 for line in lines)
+    result = subprocess.run([*command, "--shares", "0.5"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "POP, 2 layers" in result.stdout and "plain, 4 layers" in result.stdout
 
 
 # As torch sees a processor whose instructions end with AVX2.
@@ -94,7 +132,7 @@ def test_yardstick_without_bf16_instructions(folder):
     finally:
         worker.close()
     assert answer["dtype"] == "float32"
-    assert 4096**3 / answer["multiplications_per_second"] < 60
+    assert 2048**3 / answer["multiplications_per_second"] < 60
 
 
 def running(pid: int) -> bool:
@@ -175,6 +213,73 @@ def test_depth(folder):
         assert line["relative"] > 0 and line["gemm_share"] > 0
     predicted = [line["predicted_relative"] for line in lines[4:]]
     assert predicted[0] == predicted[1] == 1 < predicted[2] < predicted[3]  # a depth of 4 counts as 3
+
+
+# What runs on a GPU, rehearsed.
+
+
+def test_gpu_rehearsal(run_kernel, tmp_path):
+    """Every step of every part, on the emulator and the double; compute-sanitizer's place is taken by a stand-in."""
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\n[ "$1 $3 $4" = "--tool --error-exitcode 9" ] || exit 2\nshift 4\nexec "$@"\n')
+    tool.chmod(0o755)
+    report = tmp_path / "gpu.json"
+    environment = os.environ | {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse", "--json", str(report)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    parts = json.loads(report.read_text())
+    steps = {name: [step["step"] for step in part["steps"]] for name, part in parts.items()}
+    assert steps == {
+        "tests": ["operations", "runner"],
+        "sanitizer": ["memcheck", "racecheck", "initcheck", "synccheck"],
+        "kernels": ["cuBLAS and FlashAttention", "configure", "build", *KERNELS],
+        "end-to-end": ["model", "pop", "transformers", "transformers-compiled", "vllm"],
+    }
+    assert all(part["rehearsal"] and part["device"] == "PTX emulator" for part in parts.values())
+    rows = [row for step in parts["end-to-end"]["steps"] for row in step.get("rows", ())]
+    engines = [f"POP, {depth} layers" for depth in (6, 4, 3)]
+    assert {(row["engine"], row["tokens"]) for row in rows} == {
+        (engine, tokens) for tokens in (24, 70) for engine in (*engines, "transformers", "transformers, compiled")
+    }
+    assert all(row["prefill"] > 0 and row["decode"] > 0 for row in rows)
+    beside = parts["kernels"]["steps"][0]["rows"]
+    assert {row["operation"] for row in beside} == {"linear", "attention"}
+    assert all(row["difference"] < 0.01 and row["seconds"] > 0 < row["torch_seconds"] for row in beside)
+    assert all(step["report"]["lines"] for step in parts["kernels"]["steps"][3:])
+    assert "| POP, 4 layers | 70 |" in result.stdout and "| attention | 24 |" in result.stdout
+
+
+def test_a_part_keeps_its_time(tmp_path, monkeypatch):
+    """A step is ended with what it started, later ones are left out, and what was measured is written."""
+    import gpu
+
+    monkeypatch.setitem(gpu.LIMITS, "kernels", 4)  # of a rehearsal four times that
+    report = {}
+    part = gpu.Part("kernels", report, tmp_path / "gpu.json", rehearse=True)
+    assert part.run("quick", ["echo", '{"tokens": 1}'], json_lines=True)
+    assert not part.run("failing", ["sh", "-c", "echo broken >&2; exit 1"])
+    assert not part.run("slow", ["sh", "-c", "sleep 60; true"])
+    assert not part.run("late", ["true"])
+    steps = json.loads((tmp_path / "gpu.json").read_text())["kernels"]["steps"]
+    assert [step["step"] for step in steps] == ["quick", "failing", "slow", "late"]
+    assert steps[0]["status"] == "passed" and steps[0]["rows"] == [{"tokens": 1}]
+    assert steps[1]["status"] == 1 and steps[1]["end"] == ["broken"]
+    assert "stopped after" in steps[2]["status"] and "left out" in steps[3]["status"]
+    assert sum(gpu.LIMITS.values()) - 4 + 240 <= 25 * 60 and max(gpu.LIMITS.values()) <= 600
+
+
+def test_gpu_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("the device is another one already")
+    for arguments, message in (
+        ([], "torch finds no GPU; --rehearse needs none"),
+        (["speed"], "PART is 'speed', expected"),
+    ):
+        command = [sys.executable, str(ROOT / "bench" / "gpu.py"), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 2 and message in result.stderr
 
 
 # The kernels' microbenchmark programs, on the PTX emulator.

@@ -137,9 +137,9 @@ def test_samples_with_a_byte_order_mark(model, tmp_path):
     line = json.dumps({"images": [], "prompt": "A\u2028question", "continuation": " an answer"}, ensure_ascii=False)
     path = tmp_path / "samples.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\r\n{line}\r\n".encode())
-    prompts, continuations, _ = load_samples(path, model)
-    assert len(prompts) == 2 and prompts[0] == prompts[1] == model.tokenizer("A\u2028question").input_ids
-    assert continuations[0] == model.tokenizer(" an answer").input_ids
+    pairs = load_samples(path, model)
+    assert len(pairs) == 2 and pairs.prompts[0] == pairs.prompts[1] == model.tokenizer("A\u2028question").input_ids
+    assert pairs.continuations[0] == model.tokenizer(" an answer").input_ids
     path.write_bytes(line.encode() + b"\n{\xff")
     with pytest.raises(ValueError, match=r"samples\.jsonl, line 2, is not UTF-8 text"):
         load_samples(path, model)

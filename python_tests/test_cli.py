@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
-from test_generation import make_chat_folder
+from helpers import make_chat_folder
 from typer.testing import CliRunner
 
 import pop_ext
 from pop_ext import cli
+from pop_ext.cli.common import with_options
 from pop_ext.runtime.prefill_depth import parse_depth
 
 
@@ -95,7 +96,7 @@ def test_options_reach_the_model(folder, monkeypatch):
     assert result.exit_code == 0, result.stderr
     assert seen == {
         "prefill_depth": 0.5, "boundary_tokens": 3, "anchor_tokens": 0, "max_cache_tokens": 640, "dtype": torch.float32,
-        "calibration": None,
+        "calibration": None, "device": "auto",
     }  # fmt: skip
 
 
@@ -117,13 +118,12 @@ def test_sampling(folder):
     [
         ((), "either with --prompt TEXT or with --prompt-file FILE"),
         (("--prompt", "a", "--prompt-file", "b"), "either with --prompt TEXT or with --prompt-file FILE"),
-        (("--prompt-file", "no-such-file"), "no-such-file"),
-        (("--prompt", ""), "is empty"),
+        (("--prompt", ""), "--prompt is empty"),
         (("--prompt", "a", "--prefill-depth", "many"), "--prefill-depth must be a number of layers"),
-        (("--prompt", "a", "--prefill-depth", "7"), "prefill_depth"),
-        (("--prompt", "a", "--prefill-depth", "1.5"), "prefill_depth"),
-        (("--prompt", "a", "--boundary-tokens", "0"), "boundary_tokens"),
-        (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens"),
+        (("--prompt", "a", "--prefill-depth", "7"), "--prefill-depth is 7, expected 1 to 6"),
+        (("--prompt", "a", "--prefill-depth", "1.5"), "--prefill-depth is 1.5, expected a share"),
+        (("--prompt", "a", "--boundary-tokens", "0"), "--boundary-tokens is 0"),
+        (("--prompt", "a", "--max-new-tokens", "0"), "--max-new-tokens"),
         (("--prompt", "a", "--temperature", "-1"), "temperature"),
         (("--prompt", "a" * 100, "--max-cache-tokens", "64"), "cache is full"),
     ],
@@ -142,10 +142,15 @@ def test_bad_folders_and_files(folder, tiny_llama, tmp_path):
         (pop("generate", tmp_path / "nothing-here", "--prompt", "a"), "nothing-here"),
         (pop("generate", tiny_llama, "--prompt", "a"), "no tokenizer"),
         (pop("convert", tmp_path / "model.gguf", tmp_path / "out"), "model.gguf is not a file"),
-        (pop("generate", folder, "--prompt-file", tmp_path), "irectory"),
     ):
         assert result.exit_code == 1 and message in result.stderr, result.stderr
         assert result.stderr.count("\n") == 1 and result.stdout == ""
+    for file in (tmp_path, tmp_path / "none"):
+        result = pop("generate", folder, "--prompt-file", file)
+        assert result.exit_code == 1 and f"--prompt-file is {file}: no such file" in result.stderr
+    (tmp_path / "empty.txt").touch()
+    result = pop("generate", folder, "--prompt-file", tmp_path / "empty.txt")
+    assert result.exit_code == 1 and "empty.txt is empty" in result.stderr
     (tmp_path / "latin1.txt").write_bytes(b"Gr\xfc\xdfe")
     result = pop("generate", folder, "--prompt-file", tmp_path / "latin1.txt")
     assert result.exit_code == 1 and "is not UTF-8 text" in result.stderr
@@ -157,6 +162,37 @@ def test_bad_folders_and_files(folder, tiny_llama, tmp_path):
 def test_traceback_on_request(folder, monkeypatch):
     monkeypatch.setenv("POP_TRACEBACK", "1")
     assert isinstance(pop("generate", folder, "--no-chat", "--prompt", "").exception, ValueError)
+
+
+def test_version_and_short_help(capsys):
+    shown = pop("--version")
+    assert shown.exit_code == 0 and shown.stdout == f"pop {pop_ext.__version__}\n"
+    for command in ((), *((name,) for name in ("calibrate", "evaluate", "generate", "importance", "info", "tune"))):
+        shown = pop(*command, "-h")
+        assert shown.exit_code == 0 and shown.stdout == pop(*command, "--help").stdout and "Usage" in shown.stdout
+    assert "POP_TRACEBACK" in pop("-h").stdout
+
+
+def test_messages_name_options():
+    """As they are typed; a word that only looks like one, and a path, stay."""
+    names = ["max_new_tokens", "top_p", "seed"]
+    found = with_options("top_p is 2, in top_p.txt and /a/top_p: expected less than max_new_tokens", names)
+    assert found == "--top-p is 2, in top_p.txt and /a/top_p: expected less than --max-new-tokens"
+    assert with_options("seed is x, expected a seed", names) == "--seed is x, expected a seed"
+
+
+def test_one_layer_warns(folder):
+    result = pop("generate", folder, "--prompt", "a", "--prefill-depth", 1, "--max-new-tokens", 1)
+    assert result.exit_code == 0 and "pop: --prefill-depth=1 is one layer of 6; all layers are 1.0\n" in result.stderr
+
+
+def test_names_and_reprs(folder, tmp_path):
+    assert {name for name in dir(pop_ext) if not name.startswith("__")} == set(pop_ext.__all__) - {"__version__"}
+    model = pop_ext.load(folder, prefill_depth=4)
+    for part in ("llama", "bfloat16 on cpu", "prefill depth 4 of 6", "own projections"):
+        assert part in repr(model)
+    output = model.generate("Hello", max_new_tokens=3)
+    assert repr(output.text[0]) in repr(output) and "5 + 3" in repr(output)
 
 
 def test_interrupt(folder, monkeypatch):
@@ -247,7 +283,7 @@ def test_python_does_what_the_commands_do(folder, tmp_path):
         pop_ext.evaluate(model, texts[0], [3])
     with pytest.raises(ValueError, match=r"prefill_depth is 3\.0, expected layers as an int \(3\)"):
         pop_ext.load(folder, prefill_depth=3.0)
-    with pytest.warns(UserWarning, match=r"prefill_depth=1 is one layer; all layers are 1\.0"):
+    with pytest.warns(UserWarning, match=r"prefill_depth=1 is one layer of 6; all layers are 1\.0"):
         pop_ext.load(folder, prefill_depth=1)
     with pytest.raises(ValueError, match="dtype is 'int8', expected 'auto', 'bfloat16'"):
         pop_ext.load(folder, dtype="int8")

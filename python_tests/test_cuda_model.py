@@ -13,7 +13,7 @@ from reference_pop import ReferencePOP
 from test_real_models import text_ids
 
 import pop_ext
-import pop_ext.runtime.model
+import pop_ext.runtime.layers
 from pop_ext import ops
 
 # TINY's families in sizes that CUDA takes: multiples of 8, and heads of 32, 64, 128 or 256.
@@ -96,7 +96,7 @@ def compare(monkeypatch, folder, prompts, depth, tokens):
     finally:
         ops.set_cpu_isa(before)
     align(model.weights)
-    monkeypatch.setattr(pop_ext.runtime.model, "pop", operations)
+    monkeypatch.setattr(pop_ext.runtime.layers, "pop", operations)
     logits = model.logits(prompts, chosen)
     check(logits, expected, "CUDA")
     agreed = 0

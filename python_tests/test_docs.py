@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from helpers import COMMON, ROOT, make_tokenizer, randomise
 
@@ -38,8 +39,9 @@ ELSEWHERE = {
     "pop generate MODEL --image": "test_vision.py: it needs a model with a vision tower",
     "pop generate MODEL --video": "test_vision.py",
     "pop calibrate MODEL --samples": "test_vision.py",
+    "pop chat": "test_bench_and_chat.py, on a terminal",
     "pop convert": "test_gguf.py",
-    "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibration.py",
+    "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibrate_command.py",
 }
 NO_CODE = ("@article", "{", "     ")  # a citation, a line of data, the diagram
 
@@ -66,7 +68,9 @@ def blocks() -> list[Block]:
 
 @pytest.fixture(scope="module")
 def tiny_30(tmp_path_factory) -> Path:
-    """A Llama of 30 layers, as the pages' depths ask for, with a tokenizer."""
+    """A Llama of 30 layers, as the pages' depths ask for, with a tokenizer. Its deep layers do little, as those of real
+    models: there is a depth that `pop tune` can recommend.
+    """
     folder = tmp_path_factory.mktemp("docs-model") / "tiny"
     config = transformers.LlamaConfig(
         **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=30, num_attention_heads=2,
@@ -74,6 +78,10 @@ def tiny_30(tmp_path_factory) -> Path:
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).float()
     randomise(model, seed=5)
+    with torch.no_grad():
+        for layer in model.model.layers[10:]:
+            layer.self_attn.o_proj.weight *= 0.02
+            layer.mlp.down_proj.weight *= 0.02
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

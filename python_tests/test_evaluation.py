@@ -9,10 +9,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import normwise, transformers_model
+from helpers import make_chat_folder, normwise, transformers_model
 from reference_pop import ReferencePOP
 from test_cli import pop
-from test_generation import make_chat_folder
 
 import pop_ext
 from pop_ext.analysis import baselines, calibration, evaluation, tasks, text
@@ -133,6 +132,8 @@ def test_statistics(calibrated):
     assert row.perplexity == pytest.approx(math.exp(np.mean(nll)), rel=1e-4)
     assert row.top1_agreement == pytest.approx(np.mean(top))
     assert row.kl_ci95[0] < row.kl < row.kl_ci95[1] and row.prefill_seconds > 0
+    assert row.top1_ci95[0] <= row.top1_agreement <= row.top1_ci95[1]
+    assert row.speedup_quartiles[0] <= row.speedup <= row.speedup_quartiles[1]
     assert results[0].kl == 0 and results[0].top1_agreement == 1
     best = min((r for r in results if r.prefill_depth == 3), key=lambda r: r.kl)
     assert best.excess_interval == (0, 0)
@@ -186,9 +187,9 @@ def test_command(tiny_llama, tmp_path_factory, tmp_path):
     assert calibrate.exit_code == 0, calibrate.stderr
     options = (
         "evaluate", folder, "--text", source, "--prompts", 3, "--prompt-tokens", 40, "--continuation-tokens", 8,
-        "--prefill-depth", "0.67", "--calibration", tmp_path / "c",
+        "--calibration", tmp_path / "c",
     )  # fmt: skip
-    result = pop(*options, "--json", "--plot", tmp_path / "p.svg")
+    result = pop(*options, "--json", "--baselines", "--plot", tmp_path / "p.svg")
     assert result.exit_code == 0, result.stderr
     rows = json.loads(result.stdout)
     assert len(rows) == 7 and (tmp_path / "p.svg").read_text().startswith("<?xml")
@@ -196,7 +197,9 @@ def test_command(tiny_llama, tmp_path_factory, tmp_path):
     assert expected | {"prefill_seconds", "prompt_tokens"} <= rows[0].keys()
     assert [row["prefill_depth"] for row in rows if row["method"] == "pop_calibrated"] == [4]
     refused = pop(*options, "--prefill-depth", 3)
-    assert refused.exit_code == 1 and "the calibration was made for 4" in refused.stderr
+    assert (
+        refused.exit_code == 1 and "--prefill-depth is 3 layers, but the calibration was made for 4" in refused.stderr
+    )
     shown = pop(*options, "--prompt-tokens", 60, "--method", "pop_uncalibrated", "--synthetic-task", "retrieval")
     assert shown.exit_code == 1 and "too short" in shown.stderr
     shown = pop(*options, "--prompt-tokens", 60, "--method", "pop_uncalibrated")
@@ -209,23 +212,65 @@ def test_command_refuses(tiny_llama, tmp_path_factory, tmp_path):
     source.write_text("A line of text, again and again. " * 200)
     options = ("--text", source, "--prompts", 2, "--prompt-tokens", 40)
     for arguments, message in (
-        ((folder, *options, "--prefill-depth", 0), "prefill_depth is 0"),
-        ((folder, *options, "--prefill-depth", 6), "prefill_depth is 6, expected 1 to 5"),
-        ((folder, *options, "--method", "magic"), "methods has magic, expected some of full"),
-        ((folder, *options, "--prompt-tokens", 10000), "tokens, expected at least"),
-        ((folder, "--text", tmp_path / "none.txt"), "No such file"),
+        ((folder, *options, "--prefill-depth", 0), "--prefill-depth is 0"),
+        ((folder, *options, "--prefill-depth", 6), "--prefill-depth is 6, expected 1 to 5 of the model's 6 layers"),
+        (
+            (folder, *options, "--method", "magic"),
+            "'magic' is not one of 'full', 'pop_uncalibrated', 'pop_calibrated', 'last_layers_removed'",
+        ),
+        ((folder, *options, "--method", "pop_calibrated"), "--method pop_calibrated needs a calibration"),
+        ((folder, *options, "--prompt-tokens", 10000), "--prompt-tokens is 10000, expected at most"),
+        ((folder, *options, "--prompts", 1000), "text.txt has"),
+        ((folder, "--text", tmp_path / "none.txt"), "Invalid value for '--text'"),
+        ((folder, "--text", tmp_path), "Invalid value for '--text'"),
         ((tiny_llama, *options), "no tokenizer"),
-        ((folder, *options, "--calibration", source), "text.txt"),
+        ((folder, *options, "--calibration", source), "not a calibration file"),
+        ((folder, *options, "--plot", tmp_path / "p.doc"), "--plot"),
+        ((folder,), "give either --text FILE or --chats FILE"),
     ):
         failed = pop("evaluate", *arguments)
-        assert failed.exit_code == 1 and message in failed.stderr, failed.stderr
+        assert failed.exit_code in (1, 2) and message in failed.stderr, failed.stderr
+
+
+def test_refused_before_weights_are_loaded(tiny_llama, tmp_path_factory, tmp_path, monkeypatch):
+    """What can be known without them."""
+    folder, source = make_chat_folder(tiny_llama, tmp_path_factory), tmp_path / "text.txt"
+    source.write_text("A line of text, again and again. " * 20)
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+
+    def loading(*arguments, **options):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(pop_ext, "load", loading)
+    monkeypatch.setattr("pop_ext.analysis.importance.load_transformers", loading)
+    text, output = ("--text", source), ("--output", tmp_path / "o")
+    for command, message in (
+        (("evaluate", folder, *text, "--prefill-depth", 6), "--prefill-depth is 6"),
+        (("evaluate", folder, *text, "--plot", tmp_path / "p.doc"), "no format for plots"),
+        (("evaluate", folder, *text), "text.txt has 660 tokens, expected at least 14336 for 32 windows of 448"),
+        (("evaluate", folder, "--chats", tmp_path / "chats.jsonl"), "line 1: the last message is"),
+        (("calibrate", folder, *text, *output, "--prefill-depth", 0), "--prefill-depth is 0"),
+        (("calibrate", folder, *text, "--output", tmp_path / "no" / "o", "--prefill-depth", 2), "folder that exists"),
+        (("importance", folder, *text), "text.txt has 660 tokens"),
+        (("importance", folder, *text, "--prefill-depth", 9), "--prefill-depth is 9"),
+        (("tune", folder, *text, *output), "lower --prompt-tokens"),
+        (("tune", folder, *text, *output, "--max-kl", 0), "--max-kl is 0.0, expected more than 0"),
+        (("tune", folder, *text, *output, "--max-kl", 1, "--speedup", 2), "--max-kl and --speedup are given"),
+        (("tune", folder, *text, *output, "--prefill-depth", 6), "--prefill-depth is 6"),
+        (("tune", folder, *text, "--output", tmp_path), "expected a file name"),
+    ):
+        failed = pop(*command)
+        assert failed.exit_code == 1 and message in failed.stderr, (command, failed.stderr, failed.exception)
+        assert failed.stderr.count("\n") == 1
 
 
 def test_gemma_windows_start_with_bos():
     """On a real tokenizer that adds one."""
     from helpers import real_model
 
-    tokenizer = text.load_tokenizer(real_model("gemma-3-270m"))
+    from pop_ext.checkpoints.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(real_model("gemma-3-270m"))
     bos, _ = text.encode(tokenizer, "A text")
     assert bos == [tokenizer.bos_token_id]
     assert all(w[0] == bos[0] for w in text.windows(tokenizer, "A text of some length. " * 30, 20))

@@ -2,12 +2,12 @@
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from checkpoint_helpers import edit
 from helpers import transformers_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
@@ -18,23 +18,6 @@ from pop_ext.checkpoints.files import CheckpointError, read_utf8
 from pop_ext.checkpoints.tokenizer import load_tokenizer
 
 PROMPT = [1, 2, 3, 4, 5]
-
-
-@pytest.fixture
-def folder(tiny_llama, tmp_path) -> Path:
-    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-
-
-@pytest.fixture
-def sharded(tiny_llama, tmp_path) -> Path:
-    transformers_model(tiny_llama).save_pretrained(tmp_path / "model", max_shard_size="100KB")
-    return tmp_path / "model"
-
-
-def edit(path: Path, change) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def tokens(folder: Path, **settings) -> list[int]:

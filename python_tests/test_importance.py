@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
-from helpers import TINY, tiny_folder
+from helpers import TINY, make_chat_folder, tiny_folder
 from test_cli import pop
-from test_generation import make_chat_folder
 
 import pop_ext
 from pop_ext.analysis import importance
@@ -169,7 +168,7 @@ def test_command(tiny_llama, tmp_path_factory, tmp_path):
     assert suggested <= summary["budget"]
     assert (tmp_path / "i.png").read_bytes().startswith(b"\x89PNG")
     shown = pop("importance", folder, *options)
-    assert shown.exit_code == 0 and "prefill depth" in shown.stdout
+    assert shown.exit_code == 0 and "own weights. Calibrated projections allow fewer layers" in shown.stdout
     asked = pop("importance", folder, *options, "--json", "--prefill-depth", 1, "--prefill-depth", "0.33")
     found = {row["prefill_depth"]: row["kl"] for row in json.loads(asked.stdout)["depths"]}
     assert found.keys() >= {1, 2} and found[1] > found[5] == 0
@@ -185,7 +184,10 @@ def test_bad_input(tiny_llama, tmp_path_factory, tmp_path):
     assert failed.exit_code == 1 and "no tokenizer" in failed.stderr
     for depth in ("0", "6", "-1", "1.0", "1.5"):
         failed = pop("importance", folder, "--text", text, f"--prefill-depth={depth}")
-        assert failed.exit_code == 1 and f"prefill_depth is {depth}, expected 1 to 5 layers" in failed.stderr
+        assert (
+            failed.exit_code == 1
+            and f"--prefill-depth is {depth}, expected 1 to 5 of the model's 6 layers" in failed.stderr
+        )
     failed = pop("importance", folder, "--text", text, "--output", tmp_path / "no" / "folder.json")
     assert failed.exit_code == 1 and "folder that exists" in failed.stderr
     failed = pop(

@@ -79,14 +79,15 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
   Rows rows;
   if (!find_rows<C>(p, rows)) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y;
-  const int32_t* const spans = p.spans && rows.context > 0 ? p.spans + rows.sequence * p.span_stride : nullptr;
+  // Made anew where it is used: kept, it would cost two registers, which sm_90 has not left at head size 128.
+  const auto spans = [&] { return p.spans && rows.context > 0 ? p.spans + rows.sequence * p.span_stride : nullptr; };
 
   // Keys [begin, end) are all that any row sees; of their tiles, this split has [first_tile, last_tile).
   const int first_position = rows.position(p, rows.first), last_position = rows.position(p, rows.end - 1);
   const int begin = max(0, first_position - p.window_size + 1);
-  const int end = spans ? end_of_spans<C::kThreads>(spans, first_position, last_position, rows.context,
-                                                    reinterpret_cast<int*>(shared))
-                        : min(last_position + 1, rows.context);
+  const int end = spans() ? end_of_spans<C::kThreads>(spans(), first_position, last_position, rows.context,
+                                                      reinterpret_cast<int*>(shared))
+                          : min(last_position + 1, rows.context);
   const int tiles_begin = begin / C::kKeys, tiles = ceil_div(end, C::kKeys) - tiles_begin;
   const int split_tiles = ceil_div(tiles, p.splits);
   const int first_tile = tiles_begin + static_cast<int>(blockIdx.z) * split_tiles;
@@ -121,7 +122,7 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
     multiply_queries<C>(scores, query, queries, query_offset, key_tile, key_offset);
     const int first_key = tile * C::kKeys + warp_key;
     if (first_key + C::kWarpKeys > warp_first + 1 || first_key <= warp_last - p.window_size)  // some are not visible
-      mask<C>(scores, p, rows, spans, held(warp_row + lane / 4), first_key + lane % 4 * 2);
+      mask<C>(scores, p, rows, spans(), held(warp_row + lane / 4), first_key + lane % 4 * 2);
     uint32_t probs[C::kKeyTiles / 2][C::kRowTiles][4];
     softmax.update(scores, p.softmax_scale, probs);
     multiply_values<C>(softmax, probs, ring.next(2 * tile + 1), value_offset);

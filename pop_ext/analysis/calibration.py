@@ -47,11 +47,18 @@ class NormalEquations:
     Y [n, out] for each of `layers`.
     """
 
-    def __init__(self, layers: range, inputs: int, outputs: int):
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
-        self.xy = {layer: torch.zeros(inputs, outputs, dtype=torch.float64) for layer in layers}
-        self.yy = {layer: torch.zeros(outputs, dtype=torch.float64) for layer in layers}
+    def __init__(self, layers: range, inputs: int, outputs: int, device: torch.device | str = "cpu"):
+        like = {"dtype": torch.float64, "device": device}
+        self.xx = torch.zeros(inputs, inputs, **like)
+        self.xy = {layer: torch.zeros(inputs, outputs, **like) for layer in layers}
+        self.yy = {layer: torch.zeros(outputs, **like) for layer in layers}
         self.count = 0
+
+    def to_host(self) -> None:
+        """What follows is small, and in float64, which GPUs are slow at."""
+        self.xx = self.xx.cpu()
+        self.xy = {layer: xy.cpu() for layer, xy in self.xy.items()}
+        self.yy = {layer: yy.cpu() for layer, yy in self.yy.items()}
 
     def add_inputs(self, x: Tensor) -> None:
         self.xx += x.T @ x
@@ -81,6 +88,26 @@ class NormalEquations:
         values, vectors = spectrum
         damped = values.clamp_min(0) + penalty * values.mean()
         return own + vectors @ ((vectors.T @ (self.xy[layer] - self.xx @ own)) / damped[:, None])
+
+    def penalty_errors(
+        self, layer: int, own: Tensor, spectrum: tuple[Tensor, Tensor], other: NormalEquations
+    ) -> Tensor:
+        """[PENALTIES] float64: of each penalty's `solve`, the squared error over another stream, relative to the sum of
+        its targets' squares. other: that stream's moments in the basis of the eigenvectors, `of(vectors.T)`.
+
+        In the basis of the eigenvectors, a solution is `own + D R` with a diagonal D that alone has the penalty, so
+        that its error is a quadratic form of D: three products for all penalties, and not three for each.
+        """
+        values, vectors = spectrum
+        rest = vectors.T @ (self.xy[layer] - self.xx @ own)  # R
+        own = vectors.T @ own
+        xx, xy = other.xx, other.xy[layer]
+        linear = 2 * ((xx @ own - xy) * rest).sum(1)
+        quadratic = xx * (rest @ rest.T)
+        constant = (own * (xx @ own - 2 * xy)).sum() + other.yy[layer].sum()
+        damped = values.clamp_min(0) + torch.tensor(PENALTIES, dtype=torch.float64)[:, None] * values.mean()
+        scale = 1 / damped  # [PENALTIES, in]
+        return (((scale @ quadratic) * scale).sum(1) + scale @ linear + constant) / other.yy[layer].sum()
 
     def errors(self, layer: int, weight: Tensor) -> Tensor:
         """The squared error of `weight` [in, out] in each output, summed over the stream: [out]."""
@@ -132,7 +159,7 @@ def _targets(model, layer: int, x: Tensor) -> Tensor:
     """What layer `layer` makes of its own normed input x [n, D]: [n, 2 Hkv E] float32. A K-norm discards the scale of
     each token's key in each head, so there keys count with a root mean square of 1.
     """
-    y = x @ model.weights.projection[layer].float().T
+    y = x @ model.weights.projections_from(layer)[0].float().T
     if model.spec.qk_norm:
         keys = y[:, : y.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))
         keys *= torch.rsqrt(keys.square().mean(-1, keepdim=True) + model.spec.rms_norm_eps)
@@ -143,7 +170,7 @@ def _own(model, layer: int, moments: NormalEquations) -> Tensor:
     """The layer's own weights [in, 2 Hkv E] float64, nothing for features; under a K-norm each head's keys at the scale
     that fits best.
     """
-    own = model.weights.projection[layer].double().T
+    own = model.weights.projections_from(layer)[0].cpu().double().T
     own = torch.cat([own, own.new_zeros(len(moments.xx) - len(own), own.shape[1])])
     if model.spec.qk_norm:
         heads = own[:, : own.shape[1] // 2].unflatten(1, (-1, model.spec.head_dim))  # [in, Hkv, E], a view
@@ -162,7 +189,7 @@ def calibrate(
     *,
     rank: int | None = None,
     visuals: list[list[ImageSpan]] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[..., None] = lambda done, total, note="": None,
 ) -> Calibration:
     """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens; visuals[i] are the
     images of windows[i]. rank: features of the token before, by default RANK, or the hidden size if that is less (0:
@@ -185,7 +212,8 @@ def calibrate(
     layers = {depth: range(depth + 1, spec.num_layers) for depth in depths}
     size = spec.hidden_size
     fitted, held_out = (
-        {depth: NormalEquations(layers[depth], (1 + (rank > 0)) * size, rows) for depth in depths} for _ in range(2)
+        {depth: NormalEquations(layers[depth], (1 + (rank > 0)) * size, rows, model.device) for depth in depths}
+        for _ in range(2)
     )
     first = max(model.anchor_tokens, rank > 0)  # anchors have true keys and values, and unlike any other token's
     done = 0
@@ -194,13 +222,15 @@ def calibrate(
         for start in range(0, len(part), count):
             (batch, images), inputs = zip(*part[start : start + count], strict=True), {}
             counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0]
+            counted = counted.to(model.device)
             for layer, hidden in enumerate(model.hidden_states(list(batch), list(images))):
                 if layer == spec.num_layers:
                     break
                 x = normed(hidden, spec.rms_norm_eps)
-                targets = _targets(model, layer, x[counted]) if inputs else None
-                for depth, depth_x in inputs.items():
-                    moments[depth].add_targets(layer, depth_x, targets)
+                if inputs:
+                    targets = _targets(model, layer, x[counted])
+                    for depth, depth_x in inputs.items():
+                        moments[depth].add_targets(layer, depth_x, targets)
                 if layer in depths:
                     inputs[layer] = torch.cat([x[counted], x[counted - 1]], 1) if rank else x[counted]
                     moments[layer].add_inputs(inputs[layer])
@@ -208,43 +238,15 @@ def calibrate(
             progress(done, len(windows))
 
     moments = [*fitted.values(), *held_out.values()]
+    for m in moments:
+        m.to_host()
     if not all(tensor.isfinite().all() for m in moments for tensor in (m.xx, *m.xy.values())):
         raise explained(NonFiniteError("the hidden states are not finite"), model, windows[:1])
     projections, features, report = {}, {}, {}
     for depth in depths:
-        features[depth] = features_of(fitted[depth], size, rank)
-        if rank:
-            joined = torch.block_diag(torch.eye(size, dtype=torch.float64), features[depth])
-            fitted[depth], held_out[depth] = fitted[depth].of(joined), held_out[depth].of(joined)
-        own = {layer: _own(model, layer, fitted[depth]) for layer in layers[depth]}
-        spectrum = torch.linalg.eigh(fitted[depth].xx)
-        power = {layer: held_out[depth].yy[layer].sum() for layer in layers[depth]}
-
-        def error(weights, depth=depth, power=power) -> dict[int, float]:
-            return {
-                layer: float(held_out[depth].errors(layer, weight).sum() / power[layer])
-                for layer, weight in weights.items()
-            }
-
-        errors = {
-            penalty: error(
-                {layer: fitted[depth].solve(layer, own[layer], penalty, spectrum) for layer in layers[depth]}
-            )
-            for penalty in PENALTIES
-        }
-        best = min(PENALTIES, key=lambda penalty: sum(errors[penalty].values()))
-        everything = fitted[depth] + held_out[depth]
-        spectrum = torch.linalg.eigh(everything.xx)
-        solved = [everything.solve(layer, own[layer], best, spectrum).T for layer in layers[depth]]
-        exact = model.weights.projection[depth].double()
-        exact = torch.cat([exact, exact.new_zeros(rows, rank)], 1)
-        projections[depth] = (torch.stack([exact, *solved]) * column_scale(size, rank)).to(model.dtype)
-        features[depth] = (features[depth] * FEATURE_SCALE).to(model.dtype)
-        report[str(depth)] = {
-            "penalty": best,
-            "error_before": error(own),
-            "error_after": errors[best],
-        }
+        progress(len(windows), len(windows), f"solving depth {depth}")
+        fit = _fit(model, depth, fitted.pop(depth), held_out.pop(depth), rank)
+        projections[depth], features[depth], report[str(depth)] = fit
     return Calibration(
         projections,
         features,
@@ -257,3 +259,33 @@ def calibrate(
             "depths": report,
         },
     )
+
+
+def _fit(
+    model, depth: int, fitted: NormalEquations, held_out: NormalEquations, rank: int
+) -> tuple[Tensor, Tensor, dict]:
+    """Projections and features of one depth, as `Calibration` has them, and penalty and errors of each layer."""
+    size, layers = model.spec.hidden_size, range(depth + 1, model.spec.num_layers)
+    features = features_of(fitted, size, rank)
+    if rank:
+        joined = torch.block_diag(torch.eye(size, dtype=torch.float64), features)
+        fitted, held_out = fitted.of(joined), held_out.of(joined)
+    own = {layer: _own(model, layer, fitted) for layer in layers}
+    spectrum = torch.linalg.eigh(fitted.xx)
+    turned = held_out.of(spectrum[1].T)
+    errors = {layer: fitted.penalty_errors(layer, own[layer], spectrum, turned) for layer in layers}
+    best = min(range(len(PENALTIES)), key=lambda k: sum(float(table[k]) for table in errors.values()))
+    everything = fitted + held_out
+    spectrum = torch.linalg.eigh(everything.xx)
+    solved = [everything.solve(layer, own[layer], PENALTIES[best], spectrum).T for layer in layers]
+    exact = model.weights.projections_from(depth)[0].cpu().double()
+    exact = torch.cat([exact, exact.new_zeros(len(exact), rank)], 1)
+    projection = (torch.stack([exact, *solved]) * column_scale(size, rank)).to(model.dtype)
+    report = {
+        "penalty": PENALTIES[best],
+        "error_before": {
+            layer: float(held_out.errors(layer, own[layer]).sum() / held_out.yy[layer].sum()) for layer in layers
+        },
+        "error_after": {layer: float(table[best]) for layer, table in errors.items()},
+    }
+    return projection, (features * FEATURE_SCALE).to(model.dtype), report

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def load_transformers(folder: str | Path, dtype: torch.dtype = torch.float32) ->
     return loader.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model) -> nn.ModuleList:
     """The decoder's layers: the module list that is as long as the text config says."""
     count = model.config.get_text_config().num_hidden_layers
     found = [
@@ -63,10 +64,10 @@ class Gates:
     values [B, L, 2] (stage), with branches [B, L, 2, 2] (stage, branch); acts [2, T]: the tokens of each stage.
     """
 
-    def __init__(self, model: nn.Module, branches: bool = False):
+    def __init__(self, model, branches: bool = False):
         self.layers, self.branches = decoder_layers(model), branches
-        self.values: Tensor | None = None
-        self.acts: Tensor | None = None
+        self.values: Any = None
+        self.acts: Any = None
 
     def shape(self, batch: int) -> tuple[int, ...]:
         return (batch, len(self.layers), 2) + ((2,) if self.branches else ())
@@ -296,6 +297,51 @@ def suggest_depth(layers: int, budget: float, kl_at: Callable[[int], float]) -> 
     return high, dict(sorted(measured.items()))
 
 
+def summarise(
+    model: nn.Module,
+    windows: list[list[int]],
+    prompt_tokens: list[int],
+    *,
+    budget: float = 0.05,
+    depths: list[int] | None = None,
+    images: list[dict[str, Tensor]] | None = None,
+    boundary_tokens: int = 1,
+    anchor_tokens: int = 1,
+    progress: Callable[..., None] = lambda done, total, note="": None,
+    **settings,
+) -> tuple[Importance, dict]:
+    """`measure` (with its settings), and as an object for JSON that with the depth whose KL with own weights is within
+    `budget` (nats a token), and the KL at every depth that was measured: those of the search, and `depths`.
+    """
+    stage = {"boundary_tokens": boundary_tokens, "anchor_tokens": anchor_tokens}
+    result = measure(model, windows, prompt_tokens, images=images, **stage, **settings, progress=progress)
+    layers, visited, full = len(result.values), [], {}
+
+    def kl_at(depth: int) -> float:
+        progress(len(visited), layers.bit_length() + 2, f"KL at depth {depth}")
+        visited.append(depth)
+        return truncation_kl(model, windows, prompt_tokens, depth, **stage, images=images, full=full)
+
+    suggested, measured = suggest_depth(layers, budget, kl_at)
+    measured |= {depth: kl_at(depth) for depth in depths or [] if depth not in measured}
+    sums, count = gate_sums(result), result.continuation_tokens
+    rows = [
+        {"prefill_depth": depth, "kl": kl, "gate_sum_per_token": sums[depth] / count}
+        for depth, kl in sorted(measured.items())
+    ]
+    return result, {
+        "prompts": len(windows),
+        "prompt_tokens": sum(prompt_tokens) / len(windows),
+        "continuation_tokens": count,
+        "draws": result.draws,
+        "importance": to_json(result),
+        "budget": budget,
+        "suggested_depth": suggested,
+        "projections": "own weights",
+        "depths": rows,
+    }
+
+
 def to_json(importance: Importance) -> list[dict]:
     """A list of objects, one for each layer and stage (and branch)."""
     rows = []
@@ -320,8 +366,10 @@ def to_json(importance: Importance) -> list[dict]:
     return rows
 
 
-def plot(importance: Importance, path: str | Path, title: str) -> None:
-    """Both curves over the layers, with standard errors, on a logarithmic scale."""
+def plot(importance: Importance, path: str | Path, title: str, suggested: int | None = None) -> None:
+    """Both curves over the layers, with standard errors, on a logarithmic scale, and a line before the first layer that
+    prompts may skip.
+    """
     from .plotting import figure, save
 
     fig, axes = figure()
@@ -334,8 +382,14 @@ def plot(importance: Importance, path: str | Path, title: str) -> None:
             values, errors = importance.values[at], importance.errors[at].nan_to_num()
             # no place on this scale for a nothing, such as the last layer's for prefill
             axes.errorbar(layers, values.where(values > 0, math.nan), yerr=errors, marker="o", capsize=2, label=label)
-    axes.set(yscale="log", xlabel="layer", ylabel="importance, nats per continuation")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    if suggested is not None:
+        label = f"suggested prefill depth, {suggested} of {len(layers)}"
+        axes.axvline(suggested - 0.5, color="0.5", linestyle="--", label=label)
+    # a model of few samples may have nothing at all that a logarithmic scale can show
+    if (importance.values > 0).any():
+        axes.set_yscale("log")
+    axes.set(xlabel="layer (bars: standard error over prompts)", ylabel="importance, nats per continuation")
+    axes.set_xticks(range(0, len(layers), max(1, len(layers) // 16)))
     axes.set_title(title)
     axes.legend()
     save(fig, path)

@@ -47,7 +47,7 @@ class DeepLayers:
 
         self.model, self.depth, self.features = model, depth, features
         full = AutoModelForCausalLM.from_pretrained(model.folder, dtype=model.dtype, attn_implementation="sdpa")
-        full.eval().requires_grad_(False)
+        full.to(model.device).eval().requires_grad_(False)
         self.layers = full.model.layers[depth:]
         self.final_norm, self.lm_head = full.model.norm, full.lm_head
 
@@ -56,7 +56,7 @@ class DeepLayers:
         block of each token starts. Returns the hidden states [B, T, D] after the last layer.
         """
         model, spec = self.model, self.model.spec
-        tokens = torch.arange(hidden.shape[1])
+        tokens = torch.arange(hidden.shape[1], device=hidden.device)
         x = normed(hidden, spec.rms_norm_eps)
         before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
         inputs = torch.cat([x, linear(before, self.features)], -1).to(hidden.dtype)
@@ -132,12 +132,12 @@ class _State:
     best_kl: float
 
     def save(self, path: Path, key: str) -> None:
-        tensors = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: value.detach().cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
         rest = {"key": key, "step": str(self.step), "best_kl": repr(self.best_kl)}
         atomic_write(path, lambda temporary: save_file(tensors, temporary, rest))
 
     @classmethod
-    def load(cls, path: Path, key: str) -> _State | None:
+    def load(cls, path: Path, key: str, device: torch.device) -> _State | None:
         """The state of an interrupted run with the same `key`; None where there is none, or of another run."""
         if not path.is_file():
             return None
@@ -146,7 +146,7 @@ class _State:
                 metadata = file.metadata() or {}
                 if metadata.get("key") != key:
                     return None
-                tensors = {name: file.get_tensor(name) for name in ("weight", "first", "second", "best")}
+                tensors = {name: file.get_tensor(name).to(device) for name in ("weight", "first", "second", "best")}
             return cls(step=int(metadata["step"]), best_kl=float(metadata["best_kl"]), **tensors)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise CalibrationError(f"{path}: the state of a refinement, but damaged ({error}): remove it") from error
@@ -188,18 +188,18 @@ def refine(
 def _refine_depth(model, calibration, windows, depth, steps, path, seed, report) -> None:
     fitted, held_out = split(windows)
     held_out = held_out[:HELD_OUT_WINDOWS]
-    projection, features = calibration.at(depth)
-    scale = column_scale(model.spec.hidden_size, len(features)).float()
+    projection, features = (tensor.to(model.device) for tensor in calibration.at(depth))
+    scale = column_scale(model.spec.hidden_size, len(features)).float().to(model.device)
     start = projection.float() / scale
     key = hashlib.sha256(repr((model.fingerprint(), windows, depth, steps, seed)).encode())
-    key = hashlib.sha256(key.digest() + start.numpy().tobytes()).hexdigest()
+    key = hashlib.sha256(key.digest() + start.cpu().numpy().tobytes()).hexdigest()
     deep = DeepLayers(model, depth, features.float() / FEATURE_SCALE)
     inputs, outputs = _ends(model, fitted, depth)
     check_inputs, check_outputs = _ends(model, held_out, depth)
 
     def check(weight: Tensor) -> float:
         """KL on the held-out windows, in nats a token."""
-        starts = torch.arange(check_inputs.shape[1]) // BLOCK * BLOCK
+        starts = torch.arange(check_inputs.shape[1], device=model.device) // BLOCK * BLOCK
         scored = _scored(starts, model.boundary_tokens)
         total = 0.0
         for before, after in zip(check_inputs, check_outputs, strict=True):
@@ -207,7 +207,7 @@ def _refine_depth(model, calibration, windows, depth, steps, path, seed, report)
             total += divergence(deep, hidden, after[scored])[0] / len(hidden)
         return total / len(check_inputs)
 
-    now = None if path is None else _State.load(path, key)
+    now = None if path is None else _State.load(path, key, model.device)
     if now is None:
         now = _State(0, start.clone(), torch.zeros_like(start), torch.zeros_like(start), start, check(start))
     entry = calibration.provenance["depths"][str(depth)]
@@ -219,7 +219,7 @@ def _refine_depth(model, calibration, windows, depth, steps, path, seed, report)
     while now.step < steps:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + now.step)
         chosen = [_shuffled(len(fitted), seed, now.step * BATCH + i) for i in range(BATCH)]
-        tokens = torch.arange(inputs.shape[1])
+        tokens = torch.arange(inputs.shape[1], device=model.device)
         shift = int(torch.randint(BLOCK, (), generator=generator))
         starts = ((tokens - shift).div(BLOCK, rounding_mode="floor") * BLOCK + shift).clamp_min(0)
         scored = _scored(starts, model.boundary_tokens)
@@ -241,7 +241,7 @@ def _refine_depth(model, calibration, windows, depth, steps, path, seed, report)
                 now.save(path, key)
         report(now.step, now.best_kl)
     entry["refined"][-1]["kl_after"] = now.best_kl
-    calibration.projections[depth] = (now.best * scale).to(projection.dtype)
+    calibration.projections[depth] = (now.best * scale).to(projection.dtype).cpu()
     if path is not None:
         path.unlink(missing_ok=True)
 
@@ -258,7 +258,7 @@ def _ends(model, windows: list[list[int]], depth: int) -> tuple[Tensor, Tensor]:
 
 def _scored(starts: Tensor, boundary_tokens: int) -> Tensor:
     """Which tokens predict a token of the answer: those with a prompt before their block, from its last token on."""
-    return (starts >= BLOCK) & (torch.arange(len(starts)) - starts >= boundary_tokens - 1)
+    return (starts >= BLOCK) & (torch.arange(len(starts), device=starts.device) - starts >= boundary_tokens - 1)
 
 
 def _shuffled(count: int, seed: int, position: int) -> int:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..checkpoints.files import atomic_write, read_utf8, resolve_folder
+from ..checkpoints.files import atomic_write, read_utf8
 from ..runtime.kv_cache import BLOCK_SIZE
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,11 @@ def windows(tokenizer, text: str, length: int, count: int | None = None, name: s
 
     ValueError if the text is too short for them.
     """
-    bos, tokens = encode(tokenizer, text)
+    return cut(*encode(tokenizer, text), length, count, name)
+
+
+def cut(bos: list[int], tokens: list[int], length: int, count: int | None, name: str = "the text") -> list[list[int]]:
+    """`windows` of `tokens`, each with `bos` in front."""
     step = length - len(bos)
     if step < 1:
         raise ValueError(f"windows of {length} tokens leave no room for text, expected at least {len(bos) + 1}")
@@ -84,18 +88,6 @@ def set_apart(text: str) -> str:
     """
     text = re.sub(r"(\w)'(\w)", r"\1 '\2", re.sub(r'([,.;:!?()"“”])', r" \1 ", text))
     return re.sub("  +", " ", text)
-
-
-def load_tokenizer(path: str | Path):
-    """The tokenizer of a checkpoint; ValueError if it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(resolve_folder(path))
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} has no tokenizer: text cannot be turned into tokens ({error})") from error
 
 
 def sampled_texts(

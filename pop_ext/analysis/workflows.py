@@ -1,30 +1,86 @@
-"""What the commands do, from Python: calibrate, evaluate and measure on texts."""
+"""What the commands do, from Python: tune, calibrate, evaluate and measure on texts or chats."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..checkpoints.calibration import Calibration
 from ..runtime.generation import Model
 from . import calibration as calibrations
 from . import evaluation, importance
 from . import text as texting
-from .evaluation import Fidelity
+from . import tune as tuning
+from .data import Data
+from .evaluation import DEFAULT_METHODS, Fidelity
 from .importance import Importance
+from .samples import Pairs
+from .tune import PROMPT_TOKENS, Goal, Tuning
 
-Progress = Callable[[int, int], None]
+Progress = Callable[..., None]
 
 
-def no_progress(done: int, total: int) -> None:
+def no_progress(done: int, total: int, note: str = "") -> None:
     """Reports nothing."""
 
 
-def joined(texts: Sequence[str]) -> str:
-    """The texts as one; TypeError for a string in place of a list of strings."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"texts is {texts!r:.60}, expected a list of strings")
-    return "\n\n".join(texts)
+def tune(
+    model: Model,
+    texts: Sequence[str] | None = None,
+    *,
+    chats: Sequence | None = None,
+    depths: Sequence[int | float] | None = None,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    speedup: float | None = None,
+    tokens: int = 50_000,
+    prompts: int = 24,
+    prompt_tokens: int = PROMPT_TOKENS,
+    continuation_tokens: int = 64,
+    rank: int | None = None,
+    seed: int = 0,
+    output: str | Path | None = None,
+    progress: Progress = no_progress,
+) -> Tuning:
+    """Finds the prefill depth that is safe for this model and data, with calibrated projections, and what it gains.
+
+    texts, chats: the data; chats are lists of messages that end with the assistant's answer, as they are tokenized for
+        the model by its own chat template. By default text that needs no file. A quarter is held out and measured on.
+    depths: the candidates, by default up to six from two fifths of the layers up.
+    max_kl, min_top1, speedup: at most one of them; the recommended depth is the least whose KL divergence from the full
+        model, in nats a token (0.05), or whose share of equal likeliest tokens keeps within it with 95% confidence, or
+        the greatest whose prefill is so many times as fast.
+    tokens: to calibrate on at most. prompts, prompt_tokens, continuation_tokens: what is measured on; chats have
+        prompts of their own length. rank: features of the token before (64), 0 for none.
+    output: where to write the calibration; a run that was interrupted then goes on from `output` + ".tuning".
+    progress: called with what is done, the total, and a note.
+    Returns a Tuning with the calibration, the recommended depth (None where no candidate will do), and the figures.
+    ValueError for data that is too short, before anything is computed.
+    """
+    goal = Goal.of(max_kl, min_top1, speedup)
+    asked = tuning.candidates(model.spec.num_layers) if depths is None else depths
+    resolved = calibrated_depths(model, asked)
+    data = None if texts is None and chats is None else Data.of(texts, chats)
+    if data is None:
+        data = default_data(model, tokens * 4 // 3, seed, progress)
+    fit, held_out = data.split(model, tokens, prompts, prompt_tokens, continuation_tokens)
+    for pairs in (fit, held_out):
+        pairs.encode_images(model, progress)
+    return tuning.tune(model, fit, held_out, resolved, goal, rank=rank, seed=seed, output=output, progress=progress)
+
+
+def default_data(model: Model, tokens: int, seed: int = 0, progress: Progress = no_progress) -> Data:
+    """Text that needs no file: samples of the model, and Python's help."""
+    return Data(texting.default_text(model, tokens, seed, progress), name="the sampled text")
+
+
+def calibrated_depths(model: Model, depths: Sequence[int | float]) -> list[int]:
+    """In layers, whatever calibration the model has."""
+    own = copy.copy(model)
+    own.calibration = None
+    return sorted({own.resolve_prefill_depth(depth) for depth in depths})
 
 
 def calibrate(
@@ -32,6 +88,7 @@ def calibrate(
     depths: Sequence[int | float],
     texts: Sequence[str] | None = None,
     *,
+    chats: Sequence | None = None,
     tokens: int = 50_000,
     rank: int | None = None,
     seed: int = 0,
@@ -39,49 +96,92 @@ def calibrate(
 ) -> Calibration:
     """Fits the projections of the skipped layers to what the full model computes, for each prefill depth.
 
-    texts: what to calibrate on; by default text that needs no file (samples of the model and Python's help, `seed`).
-    tokens: how many tokens of it to use at most. rank: features of the token before (64), 0 for none.
-    Returns a Calibration; `save` it for `pop_ext.load(..., calibration=FILE)`. ValueError for text that is too short.
+    texts, chats: what to calibrate on, as in `tune`; by default text that needs no file (samples of the model and
+    Python's help, `seed`). tokens: how many tokens of it to use at most. rank: features of the token before (64), 0 for
+    none. Returns a Calibration; `save` it for `pop_ext.load(..., calibration=FILE)`. ValueError for text that is too
+    short.
     """
-    resolved = [model.resolve_prefill_depth(depth) for depth in depths]
+    resolved = calibrated_depths(model, depths)
     start = time.perf_counter()
-    source = joined(texts) if texts is not None else texting.default_text(model, tokens, seed, progress)
+    given = texts is not None or chats is not None
+    data = Data.of(texts, chats) if given else default_data(model, tokens, seed, progress)
     sampled = time.perf_counter()
-    length = min(calibrations.WINDOW, model.spec.max_position_embeddings)
-    windows = texting.windows(model.tokenizer, source, length)[: max(2, tokens // length)]
-    result = calibrations.calibrate(model, windows, resolved, rank=rank, progress=progress)
+    fit = data.windows(model, tokens)
+    fit.encode_images(model, progress)
+    source = [data.name] if given else ["default"]
+    return calibrate_on(model, resolved, fit, rank=rank, source=source, waited=sampled - start, progress=progress)
+
+
+def calibrate_on(
+    model: Model,
+    depths: list[int],
+    fit: Pairs,
+    *,
+    rank: int | None = None,
+    source: list[str],
+    waited: float = 0.0,
+    refine: int = 0,
+    state: Path | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Calibration:
+    """`calibrate` on tokens, then `refine` gradient steps. source: names of the data, waited: seconds that sampling it
+    took, for the provenance; state: see `refinement.refine`.
+    """
+    start = time.perf_counter()
+    windows = fit.windows
+    result = calibrations.calibrate(model, windows, depths, rank=rank, visuals=fit.visuals, progress=progress)
     result.provenance |= {
-        "text": ["default"] if texts is None else [f"{len(texts)} texts"],
+        "text": source,
         "boundary_tokens": model.boundary_tokens,
         "anchor_tokens": model.anchor_tokens,
-        "sampling_seconds": sampled - start,
-        "seconds": time.perf_counter() - sampled,
+        "sampling_seconds": waited,
+        "seconds": time.perf_counter() - start,
     }
+    if refine:
+        from . import refinement
+
+        refinement.refine(model, result, windows, refine, state=state, seed=seed, progress=progress)
     return result
 
 
 def evaluate(
     model: Model,
-    texts: Sequence[str],
-    depths: Sequence[int | float],
+    texts: Sequence[str] | None = None,
+    depths: Sequence[int | float] | None = None,
     *,
+    chats: Sequence | None = None,
     prompts: int = 32,
     prompt_tokens: int = 384,
     continuation_tokens: int = 64,
-    methods: Sequence[str] = ("pop_uncalibrated", "pop_calibrated"),
+    methods: Sequence[str] = DEFAULT_METHODS,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> list[Fidelity]:
     """Compares next-token distributions after truncated prompts with the full model's, and prefill times.
 
-    `prompts` windows of prompt_tokens + continuation_tokens are taken from the texts. The first row is the full model,
-    then a row for each method and depth. ValueError for text that is too short or an unknown method.
+    texts, chats: the data, as in `tune`; text is cut into `prompts` windows of prompt_tokens + continuation_tokens, of
+    chats as many are taken as they are. depths: by default those of the model's calibration, or two thirds of the
+    layers. The first row is the full model, then a row for each method and depth. ValueError for text that is too short
+    or an unknown method.
     """
-    length = prompt_tokens + continuation_tokens
-    windows = texting.windows(model.tokenizer, joined(texts), length, prompts)
-    pairs = [window[:prompt_tokens] for window in windows], [window[prompt_tokens:] for window in windows]
+    evaluation.check_methods(methods)
+    if depths is None:
+        depths = [2 / 3] if model.calibration is None else model.calibration.depths
     resolved = sorted({model.resolve_prefill_depth(depth) for depth in depths})
-    return evaluation.evaluate(model, *pairs, resolved, list(methods), seed=seed, progress=progress)
+    pairs = Data.of(texts, chats).pairs(model, prompts, prompt_tokens, continuation_tokens)
+    pairs.encode_images(model, progress)
+    return evaluate_on(model, pairs, resolved, methods, seed=seed, progress=progress)
+
+
+def evaluate_on(
+    model: Model, pairs: Pairs, depths: list[int], methods: Sequence[str], *, seed: int = 0, progress=no_progress
+) -> list[Fidelity]:
+    """`evaluate` on tokens."""
+    return evaluation.evaluate(
+        model, pairs.prompts, pairs.continuations, depths, list(methods), visuals=pairs.visuals, seed=seed,
+        progress=progress,
+    )  # fmt: skip
 
 
 def measure_importance(
@@ -116,7 +216,8 @@ def suggest_depth(
     continuation_tokens: int = 64,
 ) -> tuple[int, dict[int, float]]:
     """The least prefill depth whose KL divergence from the full model, nats a token, is within `max_kl` with the
-    model's own projections; and the KL at each depth that the search measured.
+    model's own projections; and the KL at each depth that the search measured. Calibrated projections allow less: see
+    `tune`.
     """
     method = "pop_uncalibrated"
 

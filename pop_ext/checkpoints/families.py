@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from .bounds import (
     PLACEHOLDERS,
@@ -168,7 +169,7 @@ class ModelSpec:
         )
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str | None) -> Family:
     """The row of a model_type, for a vision-language one that of its decoder; ValueError lists the supported ones."""
     rows = MODEL_FAMILIES | {name: MODEL_FAMILIES[decoder] for name, decoder in VISION_FAMILIES.items()}
     if not isinstance(model_type, str) or model_type not in rows:
@@ -219,14 +220,14 @@ def rope_parameters(config) -> dict[str | None, dict]:
                 raise ValueError(
                     f"rope_parameters has {truncated_repr(key)}, expected a table for each of {FULL}, {SLIDING}"
                 )
-        found = {kind: given.get(kind) for kind in sorted(set(layer_types(config)))}
+        found: dict[str | None, Any] = {kind: given.get(kind) for kind in sorted(set(layer_types(config)))}
     else:
         found = {None: given}
     for kind, parameters in found.items():
         name = f"rope_parameters[{kind!r}]" if kind else "rope_parameters"
         if not isinstance(parameters, dict):
             raise ValueError(f"{name} is {truncated_repr(parameters)}, expected a table")
-        rope_type = parameters.get("rope_type")
+        rope_type: Any = parameters.get("rope_type")
         check_rope_type(name, rope_type)
         for key, value in parameters.items():
             # Checkpoints carry numbers of other types of RoPE along, and notes on how they came about.

@@ -45,8 +45,8 @@ def resolve_folder(path_or_hub_id: str | Path, revision: str | None = None) -> P
 
     try:
         # Weights in another layout (original/, consolidated.safetensors) would double the download.
-        patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": ["*/*", "consolidated*"]}
-        return Path(snapshot_download(name, revision=revision, **patterns))
+        others = ["*/*", "consolidated*"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=others))
     except Exception as error:
         raise FileNotFoundError(f"{name}: no such folder, and not to be had from the hub: {error}") from error
 
@@ -129,7 +129,7 @@ def some_of(names: Iterable[str]) -> str:
     )
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """What another library said of a stranger's data, fit for a terminal."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .config import load_config
 from .families import ModelSpec
 from .files import resolve_folder
-from .tensors import CheckpointTensors
+from .tensors import CheckpointTensors, TensorEntry
 from .weights import tensor_names
 
 SAMPLE = 4096  # values of a tensor
@@ -37,6 +37,15 @@ def checkpoint_fingerprint(folder: str | Path) -> str:
     folder = resolve_folder(folder)
     spec = ModelSpec.from_config(load_config(folder))
     files = CheckpointTensors(folder, torch.bfloat16, torch.device("cpu"), spec.vision_type)
+    return tensors_fingerprint(spec, files.weight, files.gain)
+
+
+def tensors_fingerprint(
+    spec: ModelSpec, weight: Callable[..., Tensor], gain: Callable[[TensorEntry, float], Tensor]
+) -> str:
+    """`Model.fingerprint()` of tensors by name. weight(*entries): theirs, stacked by rows; gain(entry, offset): offset
+    + tensor in float32.
+    """
     model, layers = tensor_names(spec)
     names = {"qkv": ("q", "k", "v"), "qkv_bias": ("q_bias", "k_bias", "v_bias"), "gate_up": ("gate", "up")}
     parts = {part for several in names.values() for part in several}
@@ -45,18 +54,19 @@ def checkpoint_fingerprint(folder: str | Path) -> str:
         table = {}
         for name, keys in (names | {key: (key,) for key in entries if key not in parts}).items():
             if keys[0] in entries:
-                offset = spec.norm_offset if "norm" in name else None
-                entry = [entries[key] for key in keys]
-                table[name] = files.weight(*entry) if offset is None else files.gain(*entry, offset)
+                if "norm" in name:
+                    table[name] = gain(entries[name], spec.norm_offset)
+                else:
+                    table[name] = weight(*(entries[key] for key in keys))
         return table
 
     def tables():
-        embedding = files.weight(model["embedding"])
-        head = embedding if spec.tie_word_embeddings else files.weight(model["lm_head"])
+        embedding = weight(model["embedding"])
+        head = embedding if spec.tie_word_embeddings else weight(model["lm_head"])
         yield {
             "embedding": embedding,
             "lm_head": head,
-            "final_norm": files.gain(model["final_norm"], spec.norm_offset),
+            "final_norm": gain(model["final_norm"], spec.norm_offset),
         }
         yield from map(layer_table, layers)
 

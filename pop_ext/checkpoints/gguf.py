@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from .config import load_config
 from .families import MODEL_FAMILIES, ModelSpec
 from .files import INDEX, SINGLE_FILE, CheckpointError, check_no_pointer, one_line, some_of
 from .gguf_config import read_config
+from .tensors import TensorEntry
 from .weights import tensor_names
 
 SHARD_BYTES = 4 << 30  # of a safetensors file, and with it of memory
@@ -72,7 +74,7 @@ def convert_gguf(gguf_file: str | Path, output_folder: str | Path) -> Path:
     return output_folder
 
 
-def read_parts(gguf_file: Path) -> tuple[Path, dict, dict]:
+def read_parts(gguf_file: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The first file of a model, its fields, and the tensors of all its files by name. CheckpointError if a part is
     missing or damaged.
     """
@@ -82,7 +84,8 @@ def read_parts(gguf_file: Path) -> tuple[Path, dict, dict]:
     if match:
         name, _, count = match.groups()
         files = [gguf_file.with_name(f"{name}-{part + 1:05d}-of-{count}.gguf") for part in range(min(int(count), 1000))]
-    fields, tensors = None, {}
+    fields: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for number, file in enumerate(files):
         if not file.is_file():
             raise CheckpointError(f"{file}: no such file, expected beside {gguf_file.name}, a part of {len(files)}")
@@ -97,7 +100,7 @@ def read_parts(gguf_file: Path) -> tuple[Path, dict, dict]:
                 f"{file}: is part {own.get('split.no', 0) + 1} of {own.get('split.count', 1)} by its own account, "
                 f"expected part {number + 1} of {len(files)}, named -{number + 1:05d}-of-{len(files):05d}.gguf"
             )
-        fields = reader.fields if fields is None else fields
+        fields = fields or reader.fields
         for tensor in reader.tensors:
             if tensor.name in tensors:
                 raise CheckpointError(f"{file}: {tensor.name} is in another part, too")
@@ -218,7 +221,7 @@ def _write_tensors(folder: Path, source: Path, spec: ModelSpec, tensors: dict) -
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _expected(spec: ModelSpec) -> dict[str, tuple[str, object]]:
+def _expected(spec: ModelSpec) -> dict[str, tuple[str, TensorEntry]]:
     """GGUF's name of each tensor of a model -> our key and its entry in a checkpoint."""
     model, layers = tensor_names(spec)
     tables = [("", {ours: theirs for theirs, ours in MODEL_TENSORS.items()}, model)]

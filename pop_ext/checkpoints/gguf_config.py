@@ -7,6 +7,7 @@ The meaning of each is llama.cpp's, which defines the format.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -54,10 +55,10 @@ class Metadata:
         self.prefix = f"{self.architecture}."
         self.unread = {key.removeprefix(self.prefix) for key in fields if key.startswith(self.prefix)}
 
-    def general(self, key: str, default=None):
+    def general(self, key: str, default=None) -> Any:
         return self.fields[key].contents() if key in self.fields else default
 
-    def take(self, key: str, kinds: type | tuple, default=None):
+    def take(self, key: str, kinds: type | tuple, default=None) -> Any:
         """The value of one of the architecture's keys; one that holds the same for every layer is that."""
         self.unread.discard(key)
         value = self.general(self.prefix + key, default)

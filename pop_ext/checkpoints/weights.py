@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ def load_weights(
         raise ValueError(f"dtype is {dtype}, expected a floating dtype")
     files = CheckpointTensors(Path(folder), dtype, torch.device(device), spec.vision_type)
     tensors, layer_tensors = tensor_names(spec)
-    files.check([tensors, *layer_tensors], others=VISION_MODULES.get(spec.vision_type, ()))
+    files.check([tensors, *layer_tensors], others=VISION_MODULES[spec.vision_type] if spec.vision_type else ())
     if spec.tie_word_embeddings:
         files.check_tied(tensors["embedding"], MODEL_FAMILIES[spec.model_type].lm_head)
 
@@ -86,10 +87,10 @@ def load_weights(
     layers = []
     for index, names in enumerate(layer_tensors):
 
-        def weight(*keys: str, names=names) -> torch.Tensor | None:
+        def weight(*keys: str, names=names) -> Any:
             return files.weight(*(names[key] for key in keys)) if keys[0] in names else None
 
-        def gain(key: str, names=names) -> torch.Tensor | None:
+        def gain(key: str, names=names) -> Any:
             return files.gain(names[key], spec.norm_offset) if key in names else None
 
         layer = LayerWeights(
@@ -114,6 +115,7 @@ def load_weights(
                 files.read(names[key]).to(device, torch.float32) * layer.input_norm
             )
         if projection_bias is not None:
+            assert layer.qkv_bias is not None  # as the spec says, and the names were checked by it
             projection_bias[index] = layer.qkv_bias[-2 * kv_rows :]
         layers.append(layer)
     return ModelWeights(

@@ -1,6 +1,16 @@
 """The `pop` command. torch and transformers are imported where a command needs them, so that `pop --help` is quick."""
 
-from . import calibrate, convert, evaluate, generate, importance, info  # noqa: F401  registers the commands
+from . import (  # noqa: F401  registers the commands
+    bench,
+    calibrate,
+    chat,
+    convert,
+    evaluate,
+    generate,
+    importance,
+    info,
+    tune,
+)
 from .common import app
 
 __all__ = ["app"]

@@ -1,28 +1,55 @@
 """What the commands share: options, errors, progress, loading."""
 
+import functools
+import inspect
 import io
 import os
+import re
 import sys
+import warnings
 from contextlib import contextmanager
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ..runtime.prefill_depth import parse_depth
+
 app = typer.Typer(
-    help="POP: Prefill-Only Pruning. The prompt runs through the first layers only, the answer through all of them.",
+    help="POP: Prefill-Only Pruning. The prompt runs through the first layers only, the answer through all of them. "
+    "POP_TRACEBACK=1 shows where an error happened.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")  # a console that cannot show a character shows a replacement
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+PLOTS = (".png", ".svg", ".pdf")
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"pop {version('pop-ext')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def output_console() -> Console:
@@ -35,9 +62,37 @@ class DType(str, Enum):
     float32 = "float32"
 
 
-@contextmanager
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def one_line_errors():
-    """What goes wrong in a command is one line on stderr and exit status 1; POP_TRACEBACK=1 shows where it happened."""
+    """A command's decorator: what goes wrong is one line on stderr and exit status 1, and POP_TRACEBACK=1 shows where
+    it happened; warnings are a line, too. Messages have options as they are typed.
+    """
+
+    def decorate(command):
+        names = [name for name in inspect.signature(command).parameters if name != "as_json"]
+
+        @functools.wraps(command)
+        def run(*arguments, **options):
+            with warnings.catch_warnings(), _errors_in_lines(names):
+                return command(*arguments, **options)
+
+        return run
+
+    return decorate
+
+
+@contextmanager
+def _errors_in_lines(names: list[str]):
+    def show_warning(message, category, *_, **__) -> None:
+        if issubclass(category, UserWarning):
+            stderr.print(f"pop: {with_options(one_line(message), names)}", markup=False)
+
+    warnings.showwarning = show_warning
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
@@ -48,25 +103,64 @@ def one_line_errors():
         if os.environ.get("POP_TRACEBACK"):
             raise
         kind = "" if isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) else f"{type(error).__name__}: "
-        message = " ".join(str(error).split()) or type(error).__name__
-        stderr.print(f"pop: {kind}{message}", markup=False)
+        stderr.print(f"pop: {kind}{with_options(one_line(error), names)}", markup=False)
         raise typer.Exit(1) from None
+
+
+def one_line(message: object) -> str:
+    return " ".join(str(message).split()) or type(message).__name__
+
+
+def with_options(message: str, names: list[str]) -> str:
+    """A message with options as they are typed, in place of the names that they have in Python."""
+    for name in names:
+        option = f"--{name.replace('_', '-')}"
+        # a word that can only be the argument, and is no part of a path; or what the message is about
+        pattern = (
+            rf"(?<![\w./-]){name}(?![\w/]|\.\w)" if "_" in name else rf"(?:^|(?<= and )){name}(?= (?:is|has|are|and) )"
+        )
+        message = re.sub(pattern, option, message)
+    return message
+
+
+def quiet_transformers() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def load_model(model: str, dtype: DType, **settings):
     """A model with a tokenizer, for a command."""
     with stderr.status(f"loading {model}"):
         import torch
-        import transformers
 
         import pop_ext
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        quiet_transformers()
         loaded = pop_ext.load(model, dtype=getattr(torch, dtype.value), **settings)
     if loaded.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer: text cannot be turned into tokens")
     return loaded
+
+
+def load_encoder(model: str, any_model: bool = False):
+    """The model's tokenizer and spec: what says, before any weights are loaded, whether depths and data will do."""
+    with stderr.status(f"reading {model}"):
+        from ..analysis.data import Encoder
+
+        quiet_transformers()
+        return Encoder(model, any_model)
+
+
+def layer_counts(depths: list[str], spec) -> list[int]:
+    """Depths as they were typed, in layers of a model that is truncated. ValueError for one out of range."""
+    from ..runtime.loading import warn_of_one_layer
+    from ..runtime.prefill_depth import layers_of
+
+    for depth in depths:
+        warn_of_one_layer(parse_depth(depth), spec.num_layers)
+    return sorted({layers_of(depth, spec.num_layers) for depth in depths})
 
 
 @contextmanager
@@ -82,51 +176,63 @@ def progress_bar(description: str):
         yield report
 
 
-def read_texts(files: list[Path] | None, samples: Path | None) -> str | None:
-    """The files' text; None where there are samples in its place."""
-    from pop_ext.analysis.text import read_text
+def read_data(text: list[Path] | None, chats: list[Path] | None):
+    """The files' data; None where neither is given."""
+    from ..analysis.data import Data
 
-    if bool(files) == bool(samples):
-        raise ValueError("give either --text FILE or --samples FILE")
-    if samples:
-        return None
-    return "\n\n".join(read_text(file) for file in files)
+    if text and chats:
+        raise ValueError("--text and --chats are given, expected one of them")
+    return Data.read(text, chats) if text or chats else None
 
 
-def encoded_samples(path: Path, model) -> tuple[list, list, list]:
-    """Prompts, continuations and the prompts' images, through the vision tower."""
-    from pop_ext.analysis.samples import load_samples
-
-    prompts, continuations, media = load_samples(path, model)
-    with progress_bar("vision tower") as report:
-        visuals = []
-        for pictures in media:
-            visuals.append([visual for picture in pictures for visual in model.vision.encode(picture)])
-            report(len(visuals), len(media))
-    return prompts, continuations, visuals
+def expected_data(text: list[Path] | None, chats: list[Path] | None) -> Any:
+    if not text and not chats:
+        raise ValueError("give either --text FILE or --chats FILE")
+    return read_data(text, chats)
 
 
-def check_outputs(*paths: Path | None) -> None:
-    """Before any work: every folder that is to be written to is there."""
-    for path in filter(None, paths):
+def encode_images(loaded, *data) -> None:
+    """Runs images through the vision tower."""
+    for pairs in data:
+        with progress_bar("vision tower") as report:
+            pairs.encode_images(loaded, report)
+
+
+def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
+    """Before any work: every folder that is to be written to is there, and a plot can be drawn."""
+    for path in filter(None, (*paths, plot)):
         folder = path.absolute().parent
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ValueError(f"{path}: expected a file name in a folder that exists and can be written to")
+    if plot is not None and plot.suffix not in PLOTS:
+        raise ValueError(f"--plot {plot}: no format for plots, expected a name that ends in .png, .svg or .pdf")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
+CHATS = (
+    "Chats and other samples, JSON lines: {messages}, or {prompt, continuation}, with {images} for a vision-language "
+    "model. They go through the model's chat template: a chat model knows its marks, and prompts without them are "
+    "other prompts. May be given several times."
+)
+FILE: Any = {"exists": True, "dir_okay": False, "readable": True}
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")]
-Text = Annotated[list[Path] | None, typer.Option("--text", help="File of UTF-8 text; may be given several times.")]
-Samples = Annotated[
-    Path | None,
-    typer.Option(help="In place of text: a JSON lines file of image-text samples (images, prompt, continuation)."),
+Text = Annotated[
+    list[Path] | None, typer.Option("--text", help="File of UTF-8 text; may be given several times.", **FILE)
 ]
+Chats = Annotated[list[Path] | None, typer.Option("--chats", "--samples", help=CHATS, **FILE)]
+Calibration = Annotated[Path | None, typer.Option(help="File of `pop tune` or `pop calibrate`.", **FILE)]
 Depths = Annotated[
     list[str], typer.Option("--prefill-depth", help="Layers (12) or their share (0.7); may be given several times.")
 ]
 Boundary = Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")]
 Anchor = Annotated[int, typer.Option(help="First tokens that run through all layers.")]
-Prompts = Annotated[int, typer.Option(min=1, help="Prompts, evenly spread over the text.")]
-Continuation = Annotated[int, typer.Option(min=1, help="Tokens after each prompt.")]
+Prompts = Annotated[int, typer.Option(min=1, help="Prompts, evenly spread over the data.")]
+Continuation = Annotated[int, typer.Option(min=1, help="Tokens after each prompt; of chats at most.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the data to calibrate on at most.")]
+Rank = Annotated[
+    int | None, typer.Option(min=0, help="Features of the token before; 0: none, and no cost.", show_default="64")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw a plot: a .png, .svg or .pdf file.")]

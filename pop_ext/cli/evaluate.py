@@ -6,30 +6,29 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from ..runtime.prefill_depth import parse_depth
 from .common import (
     Anchor,
     Boundary,
+    Calibration,
+    Chats,
     Continuation,
-    Depths,
     DType,
     Json,
     Model,
     Plot,
     Prompts,
-    Samples,
     Seed,
     Text,
     app,
     check_outputs,
-    encoded_samples,
+    encode_images,
+    expected_data,
+    layer_counts,
+    load_encoder,
     load_model,
     one_line_errors,
-    output_console,
     progress_bar,
-    read_texts,
 )
 
 
@@ -38,25 +37,45 @@ class SyntheticTask(str, Enum):
     copying = "copying"
 
 
+class Method(str, Enum):
+    full = "full"
+    pop_uncalibrated = "pop_uncalibrated"
+    pop_calibrated = "pop_calibrated"
+    last_layers_removed = "last_layers_removed"
+    shortgpt = "shortgpt"
+    gromov = "gromov"
+    speed = "speed"
+
+
 @app.command()
 @one_line_errors()
 def evaluate(
     model: Model,
     text: Text = None,
-    samples: Samples = None,
-    prefill_depth: Depths = ["0.67"],  # noqa: B006
-    calibration: Annotated[Path | None, typer.Option(help="File of `pop calibrate`.")] = None,
+    chats: Chats = None,
+    prefill_depth: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers (12) or their share (0.7); may be given several times.  "
+            "[default: all that the calibration holds, else 0.67]"
+        ),
+    ] = None,
+    calibration: Calibration = None,
     prompts: Prompts = 32,
     prompt_tokens: Annotated[
-        list[int], typer.Option(min=2, help="Tokens of each prompt; may be given several times.")
+        list[int], typer.Option(min=2, help="Tokens of each prompt of text; may be given several times.")
     ] = [384],  # noqa: B006
     continuation_tokens: Continuation = 64,
     synthetic_task: Annotated[
         SyntheticTask | None, typer.Option(help="Plant something in the prompts that the continuations ask for.")
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Only this method; may be given several times. By default all.")
+        list[Method] | None,
+        typer.Option(help="Only this method; may be given several times.  [default: own weights and calibrated]"),
     ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also layers removed from both stages, and SPEED without its training.")
+    ] = False,
     boundary_tokens: Boundary = 1,
     anchor_tokens: Anchor = 1,
     seed: Seed = 0,
@@ -66,68 +85,78 @@ def evaluate(
 ) -> None:
     """Compare next-token distributions after truncated prompts with the full model's, and prefill times.
 
-    Beside POP: the last layers removed from both stages, ShortGPT's and Gromov's choice of layers removed from both,
-    and SPEED without its training.
+    Own weights and, with --calibration, calibrated projections. --baselines adds the last layers removed from both
+    stages, ShortGPT's and Gromov's choice of layers removed from both, and SPEED without its training.
     """
-    check_outputs(plot)
-    source = read_texts(text, samples)
-    if samples and synthetic_task:
-        raise ValueError("--synthetic-task plants in text, expected it without --samples")
-    loaded = load_model(
-        model, dtype, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, calibration=calibration
-    )
-    from pop_ext.analysis import evaluation, tasks
-    from pop_ext.analysis import text as texts
+    check_outputs(plot=plot)
+    data = expected_data(text, chats)
+    methods = methods_of(method, baselines, calibration)
+    if chats and synthetic_task:
+        raise ValueError("--synthetic-task plants in text, expected it without --chats")
+    encoder = load_encoder(model)
+    depths = depths_of(prefill_depth, calibration, encoder.spec)
+    sizes = [0] if chats else prompt_tokens
+    cut = cutter(data, prompts, continuation_tokens, synthetic_task, seed)
+    parts = None if data.has_images else [cut(encoder, size) for size in sizes]
+    stages = {"boundary_tokens": boundary_tokens, "anchor_tokens": anchor_tokens}
+    loaded = load_model(model, dtype, prefill_depth=1.0, **stages, calibration=calibration)
+    from ..analysis import evaluation, workflows
 
-    depths = sorted({loaded.resolve_prefill_depth(parse_depth(depth)) for depth in prefill_depth})
     rows, results = [], []
-    for length in [0] if samples else prompt_tokens:
-        visuals = None
-        if samples:
-            *pairs, visuals = encoded_samples(samples, loaded)
-            length = round(sum(map(len, pairs[0])) / len(pairs[0]))
-        elif synthetic_task:
-            filler = texts.windows(loaded.tokenizer, source, length, prompts)
-            pairs = tasks.synthetic_task(synthetic_task.value, filler, loaded.tokenizer, seed)
-        else:
-            windows = texts.windows(loaded.tokenizer, source, length + continuation_tokens, prompts)
-            pairs = [w[:length] for w in windows], [w[length:] for w in windows]
+    for pairs in parts or [cut(loaded, size) for size in sizes]:
+        encode_images(loaded, pairs)
+        length = pairs.prompt_tokens
+        title = f"{Path(model).name}, {f'{synthetic_task.value}, ' if synthetic_task else ''}{length} prompt tokens"
         with progress_bar(f"evaluating, {length} prompt tokens") as report:
-            results = evaluation.evaluate(
-                loaded, *pairs, depths, method or evaluation.METHODS, visuals=visuals, seed=seed, progress=report
-            )
+            results = workflows.evaluate_on(loaded, pairs, depths, methods, seed=seed, progress=report)
         rows += [{**row, "prompt_tokens": length} for row in evaluation.to_json(results)]
         if not as_json:
-            what = f"{synthetic_task.value}, " if synthetic_task else ""
-            output_console().print(
-                evaluation_table(results, f"{Path(model).name}, {what}{length} prompt tokens", synthetic_task)
-            )
+            show(results, f"{title}, {len(pairs)} prompts", bool(synthetic_task))
     if plot:
-        evaluation.plot(results, plot, f"{Path(model).name}, {length} prompt tokens")
+        evaluation.plot(results, plot, title)
     if as_json:
         print(json.dumps(rows))
 
 
-def evaluation_table(results, title: str, synthetic_task) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("depth", "method", "perplexity", "KL, nats a token", "above the best", "top-1", "first-token KL"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    if synthetic_task:
-        table.add_column("all exact", justify="right")
-    table.add_column("prefill", justify="right")
-    for r in results:
-        low, high = r.excess_interval
-        # a difference that its interval does not separate from nothing is none
-        excess = "" if r.method == "full" else f"{low:.3f} to {high:.3f}" if low > 0 else "best" if high == 0 else "no"
-        table.add_row(
-            str(r.prefill_depth),
-            r.method,
-            f"{r.perplexity:.2f}",
-            f"{r.kl:.4f} ({r.kl_ci95[0]:.4f} to {r.kl_ci95[1]:.4f})",
-            excess,
-            f"{r.top1_agreement:.1%}",
-            f"{r.first_token_kl:.4f}",
-            *([f"{r.exact_answers:.0%}"] if synthetic_task else []),
-            f"{r.prefill_seconds:.3f} s",
-        )
-    return table
+def methods_of(method: list[Method] | None, baselines: bool, calibration: Path | None) -> list[str]:
+    if calibration is None and Method.pop_calibrated in (method or []):
+        raise ValueError("--method pop_calibrated needs a calibration, expected --calibration FILE with it")
+    if baselines:
+        return [name.value for name in Method]
+    return [name.value for name in method or (Method.pop_uncalibrated, Method.pop_calibrated)]
+
+
+def depths_of(prefill_depth: list[str] | None, calibration: Path | None, spec) -> list[int]:
+    from ..checkpoints.calibration import calibrated_depths
+
+    held = None if calibration is None else calibrated_depths(calibration)
+    if not prefill_depth:
+        return held or layer_counts(["0.67"], spec)
+    depths = layer_counts(prefill_depth, spec)
+    for depth in depths:
+        if held is not None and depth < spec.num_layers - 1 and depth not in held:
+            listed = ", ".join(map(str, held))
+            raise ValueError(f"--prefill-depth is {depth} layers, but the calibration was made for {listed}")
+    return depths
+
+
+def cutter(data, prompts: int, continuation_tokens: int, synthetic_task: SyntheticTask | None, seed: int):
+    """A function from encoder and prompt tokens to what is measured on."""
+    from ..analysis import tasks
+    from ..analysis.samples import Pairs
+
+    def cut(encoder, size: int) -> Pairs:
+        if synthetic_task is None:
+            return data.pairs(encoder, prompts, size, continuation_tokens)
+        filler = data.pairs(encoder, prompts, size, 0).prompts
+        return Pairs(*tasks.synthetic_task(synthetic_task.value, filler, encoder.tokenizer, seed))
+
+    return cut
+
+
+def show(results, title: str, exact: bool) -> None:
+    from .tables import INTERVAL, KL, SPEEDUP, TOP1, print_evaluation, print_legend
+
+    print_evaluation(results, title, exact)
+    measure = "exact: prompts whose whole continuation is the likeliest." if exact else "ppl: perplexity of the text."
+    print_legend("", KL, TOP1, measure, SPEEDUP, INTERVAL)

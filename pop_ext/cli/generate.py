@@ -9,19 +9,27 @@ from typing import Annotated
 import typer
 
 from ..runtime.prefill_depth import parse_depth
-from .common import DType, app, load_model, one_line_errors, stderr
+from .common import Calibration, Device, DType, app, load_model, one_line_errors, stderr
 
 
-def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give the prompt either with --prompt TEXT or with --prompt-file FILE (- is standard input)")
+    if prompt == "":
+        raise ValueError("--prompt is empty: a prompt has at least one token")
     if prompt is not None:
         return prompt
     from pop_ext.checkpoints.files import decoded_utf8
 
-    data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
+    path = Path(prompt_file or "-")
+    if str(path) != "-" and not path.is_file():
+        raise ValueError(f"--prompt-file is {prompt_file}: no such file, expected one, or - for standard input")
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     # An editor's newline at the end of the file is no part of the prompt.
-    return decoded_utf8(data, f"--prompt-file {prompt_file}").removesuffix("\n").removesuffix("\r")
+    text = decoded_utf8(data, f"--prompt-file {prompt_file}").removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise ValueError(f"--prompt-file {prompt_file} is empty: a prompt has at least one token")
+    return text
 
 
 def sampling_settings(temperature: float | None, top_p: float | None, top_k: int | None) -> dict:
@@ -49,7 +57,7 @@ def describe_times(times, prompt_tokens: int) -> str:
 def generate(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")],
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
-    prompt_file: Annotated[str | None, typer.Option(help="File with the prompt; - is standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt; - is standard input.")] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="An image that the prompt is about; may be given several times.")
     ] = None,
@@ -63,7 +71,7 @@ def generate(
         str | None,
         typer.Option(
             help="Layers that the prompt runs through (12), or their share (0.7). 1 is one, 1.0 is all.  "
-            "[default: the calibration's, else 1.0]"
+            "[default: what the calibration recommends or its only depth, else 1.0]"
         ),
     ] = None,
     boundary_tokens: Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")] = 1,
@@ -81,7 +89,8 @@ def generate(
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
     max_cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache may hold.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="File of `pop calibrate` with this depth.")] = None,
+    calibration: Calibration = None,
+    device: Annotated[Device, typer.Option(help="Where to run; auto: a GPU where there is one.")] = Device.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
     """Answer or continue a prompt.
@@ -99,43 +108,42 @@ def generate(
         videos = [read_video(path, fps) for path in video]
 
     loaded = load_model(
-        model,
-        dtype,
-        prefill_depth=depth,
-        boundary_tokens=boundary_tokens,
-        anchor_tokens=anchor_tokens,
-        max_cache_tokens=max_cache_tokens,
-        calibration=calibration,
-    )
+        model, dtype, prefill_depth=depth, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens,
+        max_cache_tokens=max_cache_tokens, calibration=calibration, device=device.value,
+    )  # fmt: skip
     import transformers
 
     if chat is None:
         chat = bool(loaded.tokenizer.chat_template)
-
     streamer = None
     if not as_json:
         streamer = transformers.TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = loaded.generate(
-        [{"role": "user", "content": text}] if chat else text,
-        images=image or [],
-        videos=videos,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        streamer=streamer,
-        **sampling_settings(temperature, top_p, top_k),
-    )
+        [{"role": "user", "content": text}] if chat else text, images=image or [], videos=videos,
+        max_new_tokens=max_new_tokens, seed=seed, streamer=streamer, **sampling_settings(temperature, top_p, top_k),
+    )  # fmt: skip
     if as_json:
-        times = asdict(output.times) | {"decode_tokens_per_second": output.times.decode_tokens_per_second}
-        result = {
-            "text": output.text[0],
-            "tokens": output.tokens[0],
-            "prompt_tokens": output.prompt_tokens[0],
-            "prefill_depth": loaded.resolve_prefill_depth(),
-            "times": times,
-        }
-        print(json.dumps(result))
+        print(json.dumps(to_json(loaded, output)))
     else:
-        at, layers = loaded.resolve_prefill_depth(), loaded.spec.num_layers
-        line = f"prefill depth {at} of {layers}, {'calibrated' if calibration else 'own'} projections; "
-        line = line if at < layers else f"prefill depth {layers} of {layers}; "
-        stderr.print(line + describe_times(output.times, output.prompt_tokens[0]), style="dim", markup=False)
+        line = f"{describe_depth(loaded)}; {describe_times(output.times, output.prompt_tokens[0])}"
+        stderr.print(line, style="dim", markup=False)
+
+
+def to_json(loaded, output) -> dict:
+    times = asdict(output.times) | {"decode_tokens_per_second": output.times.decode_tokens_per_second}
+    return {
+        "text": output.text[0],
+        "tokens": output.tokens[0],
+        "prompt_tokens": output.prompt_tokens[0],
+        "prefill_depth": loaded.resolve_prefill_depth(),
+        "times": times,
+    }
+
+
+def describe_depth(loaded) -> str:
+    """The prefill depth in use, and whose projections: of the last layer's input they are exact."""
+    depth, layers = loaded.resolve_prefill_depth(), loaded.spec.num_layers
+    if depth == layers:
+        return f"prefill depth {depth} of {layers}"
+    calibrated = loaded.calibration is not None and depth < layers - 1
+    return f"prefill depth {depth} of {layers}, {'calibrated' if calibrated else 'own'} projections"

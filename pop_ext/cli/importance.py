@@ -5,29 +5,29 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from ..checkpoints.files import atomic_write
-from ..runtime.prefill_depth import layers_of
 from .common import (
     Anchor,
     Boundary,
+    Chats,
     Continuation,
     DType,
     Json,
     Model,
     Plot,
     Prompts,
-    Samples,
     Seed,
     Text,
     app,
     check_outputs,
+    expected_data,
+    layer_counts,
+    load_encoder,
     load_model,
     one_line_errors,
     output_console,
     progress_bar,
-    read_texts,
     stderr,
 )
 
@@ -37,9 +37,9 @@ from .common import (
 def importance(
     model: Model,
     text: Text = None,
-    samples: Samples = None,
+    chats: Chats = None,
     prompts: Prompts = 16,
-    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = 384,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt of text.")] = 384,
     continuation_tokens: Continuation = 64,
     boundary_tokens: Boundary = 1,
     anchor_tokens: Anchor = 1,
@@ -55,90 +55,64 @@ def importance(
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Measure every layer's importance for prefill and for decode, and suggest a prefill depth.
+    """Measure every layer's importance for prefill and for decode, and suggest a prefill depth for own weights.
 
     Virtual gates, on any causal language model of transformers. The suggested depth is the smallest whose measured KL
-    (own weights) is within the budget.
+    with the layers' own weights is within the budget; calibrated projections allow fewer layers (`pop tune`).
     """
-    check_outputs(output, plot)
-    source = read_texts(text, samples)
+    check_outputs(output, plot=plot)
+    data = expected_data(text, chats)
+    sizes = (prompts, prompt_tokens, continuation_tokens)
+    encoder = load_encoder(model, any_model=True)
+    depths = layer_counts(prefill_depth or [], encoder.spec)
+    pairs = data.pairs(load_model(model, DType.float32) if data.has_images else encoder, *sizes)
     with stderr.status(f"loading {model}"):
-        import transformers
+        from ..analysis import importance as gates
 
-        from pop_ext.analysis import importance as gates
-        from pop_ext.analysis import text as texts
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         loaded = gates.load_transformers(model)
-        tokenizer = texts.load_tokenizer(model)
-    layers = len(gates.decoder_layers(loaded))
-    asked_depths = [layers_of(depth, layers) for depth in prefill_depth or []]
-    images, counts = None, prompt_tokens
-    if samples:
-        from pop_ext.analysis.samples import load_samples
-        from pop_ext.vision.encoder import transformers_inputs
-
-        asked, answers, media = load_samples(samples, load_model(model, DType.float32))
-        windows, counts = [a + b for a, b in zip(asked, answers, strict=True)], [len(a) for a in asked]
-        images = [transformers_inputs(loaded.config, *pair) for pair in zip(windows, media, strict=True)]
-        prompt_tokens = sum(counts) / len(counts)
-        continuation_tokens = sum(map(len, answers)) / len(answers)
-    else:
-        windows = texts.windows(tokenizer, source, prompt_tokens + continuation_tokens, prompts)
-    stage = {"boundary_tokens": boundary_tokens, "anchor_tokens": anchor_tokens}
-    with progress_bar("importance") as report:
-        result = gates.measure(
-            loaded, windows, counts, images=images, **stage, branches=branches, draws=draws, batch_size=batch_size,
-            seed=seed, progress=report,
+    with progress_bar("importance:") as report:
+        result, summary = gates.summarise(
+            loaded, pairs.windows, [len(prompt) for prompt in pairs.prompts], images=transformers_images(loaded, pairs),
+            boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, branches=branches, draws=draws,
+            batch_size=batch_size, budget=budget, depths=depths, seed=seed, progress=report,
         )  # fmt: skip
-    with progress_bar("depth") as report:
-        visited, full = [], {}
-
-        def kl_at(depth: int) -> float:
-            report(len(visited), layers.bit_length() + 2, f"{depth}")
-            visited.append(depth)
-            return gates.truncation_kl(loaded, windows, counts, depth, **stage, images=images, full=full)
-
-        depth, measured = gates.suggest_depth(layers, budget, kl_at)
-        measured |= {p: kl_at(p) for p in asked_depths if p not in measured}
-    sums = gates.gate_sums(result)
-    summary = {
-        "model": str(model),
-        "prompts": len(windows),
-        "prompt_tokens": prompt_tokens,
-        "continuation_tokens": continuation_tokens,
-        "draws": draws,
-        "seed": seed,
-        "importance": gates.to_json(result),
-        "budget": budget,
-        "suggested_depth": depth,
-        "depths": [
-            {"prefill_depth": p, "kl": kl, "gate_sum_per_token": sums[p] / continuation_tokens}
-            for p, kl in sorted(measured.items())
-        ],
-    }
+    summary = {"model": str(model), "seed": seed, **summary}
     if plot:
-        gates.plot(result, plot, Path(model).name)
+        gates.plot(result, plot, Path(model).name, summary["suggested_depth"])
     if output:
         atomic_write(output, lambda temporary: Path(temporary).write_text(json.dumps(summary, indent=1) + "\n"))
     if as_json:
         print(json.dumps(summary))
-        return
-    table = Table(
-        title=f"{Path(model).name}: nats per continuation of {continuation_tokens:g} tokens", title_justify="left"
-    )
-    table.add_column("layer", justify="right")
-    columns = [(stage, branch) for stage in gates.STAGES for branch in (gates.BRANCHES if branches else (None,))]
-    for stage_name, branch in columns:
-        table.add_column(f"{stage_name} {branch or ''}".strip(), justify="right")
+    else:
+        show(summary, Path(model).name, encoder.spec.num_layers)
+
+
+def transformers_images(loaded, pairs) -> list[dict] | None:
+    if not any(pairs.media or []):
+        return None
+    from ..vision.encoder import transformers_inputs
+
+    return [transformers_inputs(loaded.config, *pair) for pair in zip(pairs.windows, pairs.media, strict=True)]
+
+
+def show(summary: dict, name: str, layers: int) -> None:
+    from .tables import plain_table, print_sentences
+
+    stages = list(dict.fromkeys((r["stage"], r.get("branch")) for r in summary["importance"]))
     rows = {(r["layer"], r["stage"], r.get("branch")): r for r in summary["importance"]}
+    console = output_console()
+    title = f"{name}: nats per continuation of {summary['continuation_tokens']:g} tokens, ± standard error"
+    table = plain_table(console, title, "layer", *(f"{stage} {branch or ''}".strip() for stage, branch in stages))
     for layer in range(layers):
-        cells = [rows[(layer, *column)] for column in columns]
+        cells = [rows[(layer, *column)] for column in stages]
         table.add_row(str(layer), *(f"{c['importance']:.4f} ± {c['standard_error'] or 0:.4f}" for c in cells))
-    output_console().print(table)
-    table = Table("prefill depth", "KL, nats a token", "gate sum, nats a token")
+    console.print(table)
+    table = plain_table(console, "", "prefill depth", "KL, nats a token", "gate sum, nats a token")
     for row in summary["depths"]:
         table.add_row(str(row["prefill_depth"]), f"{row['kl']:.4f}", f"{row['gate_sum_per_token']:.4f}")
-    output_console().print(table)
-    output_console().print(f"Within {budget} nats a token: prefill depth {depth} of {layers}.")
+    console.print(table)
+    print_sentences(
+        "",
+        f"Within {summary['budget']:g} nats a token: prefill depth {summary['suggested_depth']} of {layers}, with the "
+        "layers' own weights. Calibrated projections allow fewer layers: see `pop tune`.",
+    )

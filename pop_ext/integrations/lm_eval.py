@@ -6,6 +6,7 @@ Registers the model "pop" and calls lm-eval's own command line. Needs `pip insta
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lm_eval.models  # noqa: F401  which makes all other models known by name
 import torch
@@ -21,7 +22,7 @@ COUNT_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_t
 @register_model("pop")
 class POP(TemplateLM):
     """A model whose contexts are prefilled by POP. Arguments as `pop_ext.load` has them; prefill_depth is layers (12)
-    or their share (0.7).
+    or their share (0.7), by default what the calibration recommends or its only depth, else all.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class POP(TemplateLM):
                 settings = {k: v for k, v in settings.items() if k not in ("temperature", "top_p", "top_k")}
             prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - count) :]
             stop = {"stop_strings": until} if until else {}
-            output = self.model.generate([prompt], max_new_tokens=count, do_sample=sample, **stop, **settings)
+            output: Any = self.model.generate([prompt], max_new_tokens=count, do_sample=sample, **stop, **settings)
             text = output.text[0]
             for string in until:
                 text = text.split(string)[0]

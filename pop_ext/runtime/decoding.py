@@ -9,11 +9,12 @@ the device in one copy, once in up to `HORIZON` steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .device import Packing
+from ..transfer import Packing
 from .forward_batch import ForwardBatch
 from .kv_cache import BLOCK_SIZE, CacheFullError, Sequence
 
@@ -105,8 +106,8 @@ class Step:
         )
         batch.turn(pop.rope_gather(*model.rope_tables(), self.positions))
         for layer in range(model.spec.num_layers):
-            hidden = model._layer(layer, hidden, batch)
-        self.logits = model._logits(hidden)
+            hidden = model.layer(layer, hidden, batch)
+        self.logits = model.head(hidden)
         if self.choose == "greedy":
             pop.sample(self.logits, None, None, None, None, buffers.tokens)
         elif self.choose == "sample":
@@ -120,7 +121,7 @@ class Buffers:
         self.rows, self.model = rows, model
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=model.device)
         self.settings = torch.zeros(rows, 5, dtype=torch.float32, device=model.device)
-        self.seen = None  # [rows, V] uint8, made when first asked for
+        self.seen: Tensor | None = None  # [rows, V] uint8, made when first asked for
         self.steps: dict[tuple[int, str, bool], Step] = {}
 
     def step(self, context: int, choose: str) -> Step:
@@ -164,9 +165,10 @@ class Decoder:
             DecodeRow(i, row.sequence, row.sequence.num_cached, row.max_new_tokens - 1, row.generator, [])
             for i, row in enumerate(rows)
         ]
-        self.step, self.left = None, 0
-        self.pending: list[tuple[Tensor, object, list[int]]] = []  # tokens on their way to the host, and of which rows
-        if choose == "sample":
+        self.step: Any = None  # the step that is launched, once there is one
+        self.left = 0
+        self.pending: list[tuple[Tensor, Any, list[int]]] = []  # tokens on their way to the host, and of which rows
+        if choose == "sample" and settings is not None:
             padded = settings + [settings[0]] * (count - len(settings))
             self.buffers.settings.copy_(torch.tensor(padded, dtype=torch.float32))
             penalised = any(setting[4] != 1 for setting in settings)

@@ -1,16 +1,12 @@
-"""The device that a model runs on: its choice, its memory, and what goes between it and the host.
-
-On a GPU the host builds the integers of a forward pass in one pinned buffer, which goes over in one copy and without
-waiting; times come from events.
-"""
+"""The device that a model runs on: its choice, its memory, and the times of what runs there."""
 
 from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import ops
 from ..checkpoints.families import ModelSpec
@@ -21,7 +17,6 @@ ACCELERATORS = {"cuda"}  # device types whose kernels `torch.ops.pop` has
 HEAD_SIZES = (32, 64, 128, 256)
 LEAST_CAPABILITY = (8, 0)
 CACHE_SHARE = 0.85  # of the memory that weights leave free goes to the cache; activations and graphs take the rest
-ALIGNMENT = 16  # bytes, of each tensor in a copy
 
 
 class DeviceMemoryError(RuntimeError):
@@ -58,7 +53,7 @@ def why_no_cuda(index: int | None = None) -> str | None:
     """Why no model can run on this CUDA device (None: the current one); None where one can."""
     if ops.why_no_cuda is not None:
         return ops.why_no_cuda
-    if not torch.version.cuda.startswith("13."):
+    if not str(torch.version.cuda).startswith("13."):
         return f"this torch is built for CUDA {torch.version.cuda}, expected CUDA 13"
     try:
         torch.cuda.init()
@@ -133,41 +128,6 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
-# Host to device
-
-
-class Packing:
-    """Where each of some tensors lies in one buffer of bytes."""
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.places, self.size = {}, 0
-        for name, tensor in tensors.items():
-            self.places[name] = (self.size, tensor.dtype, tensor.shape)
-            self.size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-
-    def pack(self, tensors: dict[str, Tensor], device: torch.device) -> Tensor:
-        """A buffer on the host with the tensors' values; pinned, so that a copy from it does not wait."""
-        buffer = torch.empty(self.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        for name, view in self.unpack(buffer).items():
-            view.copy_(tensors[name])
-        return buffer
-
-    def unpack(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Views of a buffer by the tensors' names."""
-        views = {}
-        for name, (start, dtype, shape) in self.places.items():
-            views[name] = buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-        return views
-
-
-def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of the host on `device`: all in one copy, which the host does not wait for."""
-    if device.type == "cpu":
-        return tensors
-    packing = Packing(tensors)
-    return packing.unpack(packing.pack(tensors, device).to(device, non_blocking=True))
-
-
 # Times
 
 
@@ -181,9 +141,9 @@ class StageTimes:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self._device = torch.device(device)
-        self._seconds = dict.fromkeys(self.STAGES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(self.STAGES, 0.0)
         self._spans = []  # stage, first and last event
-        self._last = None
+        self._last: Any = None
 
     def start(self) -> None:
         """A stage begins."""

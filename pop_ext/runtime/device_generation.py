@@ -30,7 +30,7 @@ def decode_on_device(
     else:
         decoder.choose_first(logits)
         loop.chosen(logits)
-    first = None
+    first = 0.0  # when the first tokens arrived
     while decoder.pending or decoder.goes_on:
         try:
             if decoder.launch():
@@ -43,7 +43,7 @@ def decode_on_device(
                 raise
         if decoder.pending:
             count = loop.receive()
-            if first is None:
+            if not first:
                 first = time.perf_counter()
                 times.time_to_first_token = first - start
             else:

@@ -52,7 +52,9 @@ class ForwardBatch:
         self.max_seqlen_k = max(end for _, _, end in runs)
         positions = torch.cat([torch.arange(start, end) for _, start, end in runs])
         run = torch.repeat_interleave(self.cu_seqlens_q.diff())
-        self.slot_mapping = self.block_tables[run, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        slots = self.block_tables[run, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        cached = torch.tensor([sequence.num_cached for sequence, _, _ in runs])
+        self.slot_mapping = torch.where(positions < cached[run], -1, slots)  # what is in the cache is not written again
         if multimodal_rope and any(sequence.visuals for sequence, _, _ in runs):
             positions = torch.cat([sequence.positions(start, end) for sequence, start, end in runs], dim=1)
         self.positions = positions  # [T], or [3, T]
@@ -133,6 +135,7 @@ def _visual_rows(runs: list[tuple[Sequence, int, int]]) -> tuple[Tensor | None, 
             low, high = max(visual.start, start), min(visual.end, end)
             if low < high:
                 rows.append(torch.arange(low, high) + (offset - start))
+                assert visual.features is not None  # it is in no cache yet
                 features.append(visual.features[:, low - visual.start : high - visual.start])
         offset += end - start
     return (torch.cat(rows), torch.cat(features, dim=1)) if rows else (None, None)

@@ -5,17 +5,26 @@ of a batch share the arithmetic and nothing else. `sampling` chooses the tokens.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import transformers
+from transformers.generation.streamers import BaseStreamer
 
 from .checks import check_integer
+from .device import StageTimes
 from .device_generation import decode_on_device
 from .finite import NonFiniteError, explained
+from .layers import in_turn
 from .model import PrefillModel
 from .prompts import encode_prompt, media_lists, prompt_list
 from .sampling import TransformersRules
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
@@ -23,8 +32,8 @@ class GenerationTimes:
     """Seconds of wall time of one `generate` call, all rows together.
 
     The vision tower, the three stages of prefill, then the decode loop: model, choice of token and streamer.
-    `time_to_first_token` runs from the call until the first tokens are chosen, so it is the first four and what
-    surrounds them, as the processing of images.
+    `time_to_first_token` runs from the start of the call's turn until the first tokens are chosen, so it is the first
+    four and what surrounds them, as the processing of images.
     """
 
     vision: float = 0.0
@@ -45,6 +54,7 @@ class GenerationOutput:
     """What `generate` returns; the lists have an entry per prompt.
 
     prompt_tokens: how many tokens the prompt has, those of images included.
+    reused_tokens: how many of them the prefix cache had (`load(..., prefix_cache=True)`).
     tokens: the new token ids, an end-of-sequence token included where one ended the row.
     text: `tokens` decoded without special tokens; None for a model without a tokenizer.
     logprobs: per new token its natural log-probability under the model's own next-token distribution, before any
@@ -54,16 +64,43 @@ class GenerationOutput:
     """
 
     prompt_tokens: list[int]
+    reused_tokens: list[int]
     tokens: list[list[int]]
     text: list[str] | None
     logprobs: list[list[float]] | None
     times: GenerationTimes
     sequences: list | None
 
+    def __repr__(self) -> str:
+        shown = self.tokens if self.text is None else self.text
+        first = f"{len(self.tokens)} answers" if len(shown) > 1 else f"{shown[0]!r:.200}"
+        counts = ", ".join(f"{asked} + {len(new)}" for asked, new in zip(self.prompt_tokens, self.tokens, strict=True))
+        kept = "" if self.sequences is None else ", conversations kept"
+        return (
+            f"<GenerationOutput {first}; prompt + new tokens {counts:.100}; first token after "
+            f"{self.times.time_to_first_token:.3f} s{kept}>"
+        )
+
+
+def ends_stream(method: Callable[P, R]) -> Callable[P, R]:
+    """A method whose `streamer` is ended also when something failed: a reader in another thread waits for the end."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        finally:
+            if isinstance(streamer := kwargs.get("streamer"), BaseStreamer):
+                streamer.end()
+
+    return call
+
 
 class Model(PrefillModel):
     """A model that generates: `generate` on top of `new_sequence`, `prefill`, `decode` and `free`."""
 
+    @ends_stream
+    @in_turn
     @torch.no_grad()
     def generate(
         self,
@@ -96,8 +133,9 @@ class Model(PrefillModel):
         sequences: conversations to go on with, `sequences` of an earlier output that was made with `keep=True`, one per
             prompt. A prompt is then the new turn alone: text is tokenized without a beginning-of-sequence token, and
             a chat is the new messages only, put through the template as what follows an assistant's answer.
-        keep: leave the conversations in the cache and return them. Otherwise they are freed, those passed in
-            `sequences` included, however the call ends. When a call with `keep=True` fails, the new ones are freed.
+        keep: leave the conversations in the cache and return them. `sequence.close()`, or a `with` block, gives their
+            room back. Otherwise they are freed, those passed in `sequences` included, however the call ends. When a
+            call with `keep=True` fails, the new ones are freed.
         generation_config, **generation_kwargs: transformers' settings, by default the checkpoint's
             generation_config.json: lengths (20 new tokens where nothing says otherwise, as in transformers), sampling,
             penalties, stop strings, ... Whatever is not one sequence per prompt, greedy or sampled (beams, assisted
@@ -108,6 +146,10 @@ class Model(PrefillModel):
         seed: for sampling. Row i draws from its own generator seeded with seed + i, whatever its neighbours are;
             None takes a seed from torch's global generator.
         return_logprobs: also return the log-probability of each new token under the model's own distribution.
+
+        Calls on one model from several threads take turns: each waits until no other runs (`prefill`, `decode` and
+        `logits` included). Prompts in one batch are faster than in turns. A stopping criterion that looks at a
+        threading.Event stops a call from another thread.
 
         Raises TypeError or ValueError for an argument that cannot be used, before anything is computed.
         """
@@ -131,7 +173,7 @@ class Model(PrefillModel):
             token_ids, pictures = encode_prompt(self, prompt, f"prompts[{i}]", history, images[i], videos[i])
             prompt_ids.append(token_ids)
             media.append(pictures)
-            generator = torch.Generator().manual_seed(seed + i) if rules.do_sample else None
+            generator = None if seed is None or not rules.do_sample else torch.Generator().manual_seed(seed + i)
             rows.append(rules.row(sequence, history + prompt_ids[-1], generator))
 
         created, done = [], False
@@ -141,6 +183,7 @@ class Model(PrefillModel):
                     row.sequence = self.new_sequence()
                     created.append(row.sequence)
             times = self._generate(rules, rows, prompt_ids, media, prefill_depth, streamer, return_logprobs, start)
+            reused = [row.sequence.num_reused for row in rows]
             done = True
         finally:
             if not keep:
@@ -152,6 +195,7 @@ class Model(PrefillModel):
         tokens = [row.tokens for row in rows]
         return GenerationOutput(
             prompt_tokens=[len(ids) for ids in prompt_ids],
+            reused_tokens=reused,
             tokens=tokens,
             text=[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens] if self.tokenizer else None,
             logprobs=[row.logprobs for row in rows] if return_logprobs else None,
@@ -171,7 +215,8 @@ class Model(PrefillModel):
             visuals = [sorted(spans, key=lambda visual: visual.start) for spans in visuals]
             vision = time.perf_counter() - clock if any(media) else 0.0
             sequences = [row.sequence for row in rows]
-            logits, stages = self.prefill(sequences, prompt_ids, visuals=visuals, prefill_depth=prefill_depth)
+            stages, depth = StageTimes(self.device), self.resolve_prefill_depth(prefill_depth)
+            logits = self._turn(sequences, prompt_ids, "prompts", depth, stages, visuals, share=self.prefix_cache)
             if self.device.type != "cpu":
                 times = GenerationTimes(vision)
                 decode_on_device(self, rules, rows, logits, streamer, return_logprobs, times, start)
@@ -201,9 +246,6 @@ class Model(PrefillModel):
             return times
         except NonFiniteError as error:
             raise explained(error, self, prompt_ids) from None
-        finally:
-            if streamer is not None:
-                streamer.end()  # also when something failed: a reader in another thread waits for the end
 
 
 def _check_sequences(sequences, count: int) -> None:

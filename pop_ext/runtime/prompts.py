@@ -3,6 +3,7 @@
 import operator
 import re
 from collections.abc import Mapping
+from typing import Any, cast
 
 from ..checkpoints.files import one_line
 from .checks import is_integer, type_name
@@ -24,14 +25,14 @@ def encode_prompt(model, prompt, name: str, history: list[int], images=(), video
         raise ValueError(f"{name} has {kind}, but this model ({model.spec.model_type}) reads text only")
     if (is_text or is_chat) and model.tokenizer is None:
         raise ValueError(f"{name} is text, but the model has no tokenizer: pass token ids")
-    media = {"image": [], "video": []}
+    media: dict[str, list] = {"image": [], "video": []}
     if images or videos:
         media = {
             "image": [model.vision.process_image(image, f"{name}, image {i}") for i, image in enumerate(images)],
             "video": [model.vision.process_video(video, f"{name}, video {i}") for i, video in enumerate(videos)],
         }
     if is_text or is_chat:
-        text = _render_chat(model.tokenizer, prompt, name, continues=bool(history)) if is_chat else prompt
+        text: Any = render_chat(model.tokenizer, prompt, name, continues=bool(history)) if is_chat else prompt
         if model.vision is not None:
             kinds = {kind: model.vision.placeholder(kind, model.tokenizer) for kind in model.vision.kinds}
             if is_text and not any(token in text for token in kinds.values()):
@@ -50,7 +51,7 @@ def encode_prompt(model, prompt, name: str, history: list[int], images=(), video
         for i, token in enumerate(prompt):
             if not is_integer(token):
                 raise TypeError(f"{name}[{i}] must be a token id (int), got {type_name(token)}")
-            token_ids.append(operator.index(token))
+            token_ids.append(operator.index(cast(Any, token)))
     if not token_ids:
         raise ValueError(f"{name} is empty: a prompt has at least one token")
     vocab_size = model.spec.vocab_size
@@ -100,7 +101,7 @@ def _chat_media(messages, name: str, images, videos) -> tuple[list, list, list]:
         for i, message in enumerate(result):
             if any(waiting.values()) and isinstance(message, dict) and message.get("role") == "user":
                 content = message.get("content")
-                text = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+                text = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
                 parts = [{"type": kind} for kind, items in waiting.items() for _ in items]
                 result[i], found, waiting = message | {"content": parts + text}, waiting, {}
     for kind, items in waiting.items():
@@ -111,8 +112,8 @@ def _chat_media(messages, name: str, images, videos) -> tuple[list, list, list]:
     return result, found["image"], found["video"]
 
 
-def _render_chat(tokenizer, messages, name: str, continues: bool) -> str:
-    """Chat messages as text, up to where the assistant's answer starts."""
+def render_chat(tokenizer, messages, name: str, *, continues: bool = False, answered: bool = False) -> str:
+    """Chat messages as text, up to where the assistant's answer starts; `answered`: the last message is that answer."""
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or not {"content", "tool_calls"} & message.keys():
             raise TypeError(f"{name}[{i}] must be a message with 'role' and 'content', got {message!r:.100}")
@@ -123,7 +124,7 @@ def _render_chat(tokenizer, messages, name: str, continues: bool) -> str:
 
     def render(messages):
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
         except Exception as error:  # a template is a program, and fails as any
             raise ValueError(f"{name}: the tokenizer's chat template refuses it: {one_line(error)}") from error
 
@@ -148,7 +149,7 @@ def _for_template(message: dict, template: str) -> dict:
         return message | {"content": ""}
     lists = re.search(r"\bin\s+(\w+(\.content|\[['\"]content['\"]\])|content)\b", template)
     if isinstance(content, list | tuple) and not lists:
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in content]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"the chat template shows text only, and a message has {content!r:.80}")
         return message | {"content": "\n".join(texts)}
@@ -166,7 +167,8 @@ def prompt_list(prompts) -> tuple[list, bool]:
         if others := prompts.keys() & {"pixel_values", "image_grid_thw", "pixel_values_videos"}:
             raise ValueError(f"prompts has {', '.join(sorted(others))}: pass the images themselves as images")
         prompts, mask = prompts["input_ids"], prompts.get("attention_mask")
-    prompts, mask = _plain_lists(prompts), _plain_lists(mask)
+    mask: Any = _plain_lists(mask)
+    prompts = _plain_lists(prompts)
     if mask:
         single = bool(prompts) and is_integer(prompts[0])
         rows = zip([prompts], [mask], strict=True) if single else zip(prompts, mask, strict=True)

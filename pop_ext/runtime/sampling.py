@@ -9,10 +9,11 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import transformers
-from transformers.generation import (
+from transformers import (
     EosTokenCriteria,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -80,12 +81,12 @@ class Row:
     max_new_tokens: int
     processors: LogitsProcessorList
     generator: torch.Generator | None
-    ids: torch.Tensor | None  # [1, n] int64, the whole conversation; None where neither processors nor criteria look
+    ids: Any  # tensor [1, n] int64, the whole conversation; None where neither processors nor criteria look
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
 
-class TransformersRules(transformers.GenerationMixin):
+class TransformersRules(cast(Any, transformers.GenerationMixin)):
     """Which next tokens are allowed and when a row is finished, as transformers derives it from a `GenerationConfig`.
 
     transformers builds its processors and criteria in private methods of its own mixin, for one padded batch. They are
@@ -156,17 +157,16 @@ class TransformersRules(transformers.GenerationMixin):
                 f"max_length={config.max_length} leaves nothing to generate: the conversation with its new prompt has "
                 f"{length} tokens already (the model's context is {self.context}; max_new_tokens counts new ones only)"
             )
-        ids = torch.tensor([token_ids], dtype=torch.int64, device=self.device)
+        ids = torch.tensor([token_ids], dtype=torch.int64)
         processors = self._get_logits_processor(
             config,
             input_ids_seq_length=length,
-            encoder_input_ids=ids,
+            encoder_input_ids=ids if self.settings.encoder_repetition_penalty in (None, 1) else ids.to(self.device),
             logits_processor=self.logits_processor,
             device=self.device,
         )
-        return Row(
-            sequence, config.max_length - length, processors, generator, ids if processors or self.criteria else None
-        )
+        looked_at = ids.to(self.device, non_blocking=True) if processors or self.criteria else None
+        return Row(sequence, config.max_length - length, processors, generator, looked_at)
 
     def choose(self, rows: list[Row], logits: torch.Tensor, return_logprobs: bool) -> list[int]:
         """The next token of every row from logits [rows, vocabulary] float32; appends it to the rows."""
@@ -217,7 +217,7 @@ class TransformersRules(transformers.GenerationMixin):
         """What the processors make of each row's logits [1, V]: [rows, V]."""
         return torch.cat([row.processors(row.ids, x.clone()) for row, x in zip(rows, logits, strict=True)])
 
-    def is_finished(self, row: Row, ids: torch.Tensor | None = None) -> bool:
+    def is_finished(self, row: Row, ids: Any = None) -> bool:
         """ids: the conversation where it is not `row.ids`."""
         # the criteria are always asked: some count or watch the tokens that they are shown
         ids = row.ids if ids is None else ids
@@ -225,7 +225,7 @@ class TransformersRules(transformers.GenerationMixin):
         return stopped or len(row.tokens) >= row.max_new_tokens or row.tokens[-1] in self.eos_tokens
 
 
-def sample(probabilities: torch.Tensor, generator: torch.Generator) -> int:
+def sample(probabilities: torch.Tensor, generator: torch.Generator | None) -> int:
     """Draws an index from probabilities [1, vocabulary] by inverting their sum: one random number a token.
 
     torch.multinomial draws one for every entry of the vocabulary, which takes as long as a small model does.
@@ -246,4 +246,4 @@ def _argmax(scores: torch.Tensor) -> list[int]:
 def _check_list(name: str, value) -> list:
     if value is not None and not (isinstance(value, (list, tuple)) and all(callable(entry) for entry in value)):
         raise TypeError(f"{name} must be a list of callables, got {type_name(value)}")
-    return value if value is not None else []
+    return list(value) if value is not None else []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..checkpoints.families import ModelSpec
 from ..checkpoints.files import CheckpointError, one_line
 from ..checkpoints.weights import load_vision_weights
+from ..transfer import to_device
 from .images import MAX_FRAMES, open_frames, open_image
 from .processing import (
     PROCESSOR_FILES,
@@ -41,7 +43,7 @@ class Vision:
         modules = _load_modules(self.folder, config, spec, dtype)
         self.modules = {name: module.to(self.device) for name, module in modules.items()}
         self.image_processor = load_image_processor(self.folder, config, self.is_gemma)
-        self.video_settings = None if self.is_gemma else load_video_settings(self.folder, config)
+        self.video_settings = {} if self.is_gemma else load_video_settings(self.folder, config)
 
     # What stands in the text
 
@@ -63,7 +65,7 @@ class Vision:
         )
         return start + token + end
 
-    def expand(self, text: str, media: dict[str, list[tuple[Media, str]]], name: str, tokenizer) -> str:
+    def expand(self, text: str, media: dict[str, list[tuple[Media, list[float]]]], name: str, tokenizer) -> str:
         """The text with each placeholder replaced by its image's or video's tokens (`process_image`)."""
         found = {kind: text.count(self.placeholder(kind, tokenizer)) for kind in self.kinds}
         for kind, count in found.items():
@@ -106,6 +108,7 @@ class Vision:
         """Of each span."""
         if self.is_gemma:
             return self.config.mm_tokens_per_image
+        assert media.grid_thw is not None
         _, rows, columns = media.grid_thw
         return rows * columns // self.config.vision_config.spatial_merge_size**2
 
@@ -117,7 +120,7 @@ class Vision:
         for kind, token_id, media in (("image", self.image_token_id, images), ("video", self.video_token_id, videos)):
             at = [index for index, token in enumerate(token_ids) if token == token_id] if token_id is not None else []
             parts = [
-                item for item in media for _ in range(len(item.pixel_values) if self.is_gemma else item.grid_thw[0])
+                item for item in media for _ in range(item.grid_thw[0] if item.grid_thw else len(item.pixel_values))
             ]
             expected = sum(map(self._tokens, parts))
             if len(at) != expected:
@@ -175,21 +178,42 @@ class Vision:
         sizes = {frame.size for frame in frames}
         if len(sizes) > 1:
             raise ValueError(f"{name} has frames of different sizes: {', '.join(map(str, sorted(sizes)[:3]))}")
-        return video_patches(frames, self.video_settings, name), video_patch_times(
-            len(frames), fps, self.video_settings
+        patches = video_patches(frames, self.video_settings, name)
+        return patches, video_patch_times(len(frames), fps, self.video_settings)
+
+    def _positions(self, media: Media) -> dict[str, Tensor]:
+        """Where the patches stand, which Qwen3-VL's tower would work out on the device, waiting for it."""
+        if self.is_gemma:
+            return {}
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+        tower: Any = self.modules["visual"]
+        grid_thw = torch.tensor([media.grid_thw])
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid_thw,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=tower.spatial_merge_size,
         )
+        positions = get_vision_position_ids(grid_thw, tower.spatial_merge_size)
+        return {"interp_indices": indices, "interp_weights": weights, "position_ids": positions}
 
     @torch.no_grad()
     def encode(self, media: Media) -> list[ImageSpan]:
         """Runs the vision tower: an ImageSpan for each of its spans, features [1 + d, tokens, D] in `dtype`."""
-        pixels = media.pixel_values.to(self.dtype).to(self.device)
-        if self.is_gemma:
+        inputs = to_device({"pixel_values": media.pixel_values.to(self.dtype)} | self._positions(media), self.device)
+        pixels = inputs.pop("pixel_values")
+        if media.grid_thw is None:
             hidden = self.modules["vision_tower"](pixel_values=pixels).last_hidden_state
             parts, grid = self.modules["multi_modal_projector"](hidden).unsqueeze(1), None
         else:
             merge = self.config.vision_config.spatial_merge_size
             time, rows, columns = media.grid_thw
-            output = self.modules["visual"](pixels, grid_thw=torch.tensor([media.grid_thw], device=self.device))
+            # Lengths of frames stay on the host, which cuts the attention by them.
+            frames = torch.arange(time + 1, dtype=torch.int32) * (rows * columns)
+            grid_thw = torch.tensor([media.grid_thw])
+            output = self.modules["visual"](pixels, grid_thw=grid_thw, cu_seqlens=frames, **inputs)
             features = torch.stack([output.pooler_output, *output.deepstack_features])
             parts, grid = features.unflatten(1, (time, -1)).transpose(0, 1), (rows // merge, columns // merge)
         return [ImageSpan(*span, grid, part) for span, part in zip(media.spans, parts, strict=True)]
@@ -207,8 +231,14 @@ def transformers_inputs(config, token_ids: list[int], media: list[Media]) -> dic
     return inputs | {"image_grid_thw": grids, "mm_token_type_ids": kinds}
 
 
-def _load_modules(folder: Path, config, spec: ModelSpec, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """The vision tower, and Gemma-3's projector. Built twice: without memory to check the tensors, then around them."""
+def vision_bytes(folder: Path, config, spec: ModelSpec, itemsize: int) -> int:
+    """Of the weights of the vision tower, with Gemma-3's projector."""
+    modules = _build(folder, config, spec, "meta").values()
+    return sum(value.numel() * itemsize for module in modules for value in module.state_dict().values())
+
+
+def _build(folder: Path, config, spec: ModelSpec, device: str) -> dict[str, torch.nn.Module]:
+    """The vision tower, and Gemma-3's projector, on the CPU or without memory ("meta")."""
     from transformers.initialization import no_init_weights
 
     if spec.vision_type == "gemma3":
@@ -222,16 +252,17 @@ def _load_modules(folder: Path, config, spec: ModelSpec, dtype: torch.dtype) -> 
 
         kinds = {"visual": (Qwen3VLVisionModel, config.vision_config)}
 
-    def build(device: str) -> dict[str, torch.nn.Module]:
+    try:
         with torch.device(device), no_init_weights():
             return {name: kind(part) for name, (kind, part) in kinds.items()}
-
-    try:
-        shapes = build("meta")
     except Exception as error:  # whatever transformers makes of a config
         raise CheckpointError(f"{folder / 'config.json'}: vision_config: {one_line(error)}") from error
-    weights = load_vision_weights(folder, spec, shapes, dtype)
-    modules = build("cpu")
+
+
+def _load_modules(folder: Path, config, spec: ModelSpec, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Built twice: without memory to check the tensors, then around them."""
+    weights = load_vision_weights(folder, spec, _build(folder, config, spec, "meta"), dtype)
+    modules = _build(folder, config, spec, "cpu")
     for name, module in modules.items():
         module.load_state_dict(weights[name], assign=True)
         module.eval().requires_grad_(False)

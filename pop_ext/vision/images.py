@@ -147,12 +147,12 @@ def read_video(path: str | Path, fps: float | None = None) -> tuple[list[Image.I
             raise ValueError(f"{name}: a folder does not say how fast its frames follow: expected frames per second")
         files = [file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
         known = {suffix for suffix, format in Image.registered_extensions().items() if format in FORMATS}
-        frames = sorted((file for file in files if file.suffix.lower() in known), key=_natural)
-        if others := {file.name for file in files} - {file.name for file in frames}:
+        images = sorted((file for file in files if file.suffix.lower() in known), key=_natural)
+        if others := {file.name for file in files} - {file.name for file in images}:
             logger.warning("%s: %s left out, no image by its name", name, some_of(others))
-        if not 1 <= len(frames) <= MAX_FRAMES:
-            raise ValueError(f"{name} has {len(frames)} images, expected 1 to {MAX_FRAMES}, each a frame")
-        return open_frames(frames, name), fps
+        if not 1 <= len(images) <= MAX_FRAMES:
+            raise ValueError(f"{name} has {len(images)} images, expected 1 to {MAX_FRAMES}, each a frame")
+        return open_frames(images, name), fps
     open_image(path, name)  # its first frame, and what can be wrong with that
     with Image.open(path, formats=FORMATS) as animation:
         if getattr(animation, "n_frames", 1) > MAX_FRAMES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def video_patch_times(count: int, fps: float, settings: dict) -> list[float]:
     return [(start + min(start + depth - 1, last)) / 2 / fps for start in range(0, count, depth)]
 
 
-def load_image_processor(folder: Path, config, is_gemma: bool):
+def load_image_processor(folder: Path, config, is_gemma: bool) -> Any:
     """transformers' processor with PIL; None where the folder has none. It must fit the tower."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return None
@@ -85,7 +85,7 @@ def load_image_processor(folder: Path, config, is_gemma: bool):
         for name in PROCESSOR_FILES:
             if (folder / name).is_file():
                 read_json(regular_file(folder, name), CONFIG_LIMIT)
-        processor = Processor.from_pretrained(folder, local_files_only=True)
+        processor: Any = Processor.from_pretrained(folder, local_files_only=True)
     except CheckpointError:
         raise
     except Exception as error:
@@ -125,7 +125,7 @@ def load_video_settings(folder: Path, config) -> dict:
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor as Defaults
 
     keys = ("size", "image_mean", "image_std", "patch_size", "temporal_patch_size", "merge_size")
-    settings = {key: getattr(Defaults, key) for key in keys} | {"rescale_factor": 1 / 255}
+    settings: dict[str, Any] = {key: getattr(Defaults, key) for key in keys} | {"rescale_factor": 1 / 255}
     path = folder / "video_preprocessor_config.json"
     if path.is_file():
         given = read_json(regular_file(folder, path.name), CONFIG_LIMIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -27,3 +28,9 @@ class ImageSpan:
     def shift(self) -> int:
         """The position of every later token less its index: an image takes as many positions as its longer side."""
         return self.position - self.start if self.grid is None else self.position + max(self.grid) - self.end
+
+    def digest(self) -> bytes:
+        """SHA-256 of the features. Waits for the device."""
+        if self.features is None:
+            raise ValueError("the image's tokens are in the cache, expected its features")
+        return hashlib.sha256(self.features.contiguous().view(torch.uint8).cpu().numpy().tobytes()).digest()

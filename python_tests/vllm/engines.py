@@ -30,7 +30,7 @@ def tiny_folder(name: str, home: Path) -> Path:
 @functools.cache
 def runner(folder: Path, depth: int, calibration: Path | None = None):
     """`pop_ext`'s own model in float32, the reference."""
-    return pop_ext.load(folder, depth, dtype=torch.float32, calibration=calibration)
+    return pop_ext.load(folder, prefill_depth=depth, dtype=torch.float32, calibration=calibration)
 
 
 @functools.cache

@@ -241,7 +241,7 @@ def test_bfloat16(smollm2):
     prompts = [text_ids(smollm2)[start : start + 150] for start in range(0, 1200, 150)]
     found = {}
     for depth in (30, 20):
-        model = pop_ext.load(smollm2, depth, dtype=torch.bfloat16)
+        model = pop_ext.load(smollm2, prefill_depth=depth, dtype=torch.bfloat16)
         with engine(smollm2, {"prefill_depth": depth}, dtype="bfloat16") as llm:
             outputs = generate(llm, prompts, count=1)
         total = 0.0

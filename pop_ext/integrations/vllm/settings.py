@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+
+from pop_ext.checkpoints.calibration import default_depth
 
 
 @dataclass(frozen=True)
 class Settings:
     """What an engine runs with.
 
-    prefill_depth: layers that prompt tokens run through; an int counts them, a float in (0, 1] is their share.
+    prefill_depth: layers that prompt tokens run through; an int counts them, a float in (0, 1] is their share. By
+        default the depth that the calibration recommends, or its only one.
     boundary_tokens, anchor_tokens: how many of a prompt's last, and of a sequence's first, run through all layers.
-    calibration: a file of `pop calibrate` for this model and depth; None: the layers' own weights.
+    calibration: a file of `pop tune` or `pop calibrate` for this model and depth; None: the layers' own weights.
     reuse_generated: prefix caching may give a later prompt the blocks of generated tokens, true keys and values of all
         layers, where it would otherwise have projected them.
     """
@@ -35,10 +38,12 @@ class Settings:
         for key in section:
             if key not in known:
                 raise ValueError(f"pop has {key!r:.80}, expected of {', '.join(known)}")
-        if "prefill_depth" not in section:
+        if "prefill_depth" not in section and section.get("calibration") is None:
             raise ValueError("pop has no prefill_depth, expected layers (int) or a share of them (float)")
-        settings = cls(**section)
+        settings = cls(**{"prefill_depth": 1.0} | section)
         settings.check()
+        if "prefill_depth" not in section:
+            settings = replace(settings, prefill_depth=default_depth(settings.calibration))
         return settings
 
     def check(self) -> None:
