@@ -38,7 +38,7 @@ def tensor_map(
     )
     pointer, word, rank = ctypes.c_void_p, ctypes.c_uint32, len(sizes)
     encode = ctypes.CFUNCTYPE(ctypes.c_int, pointer, ctypes.c_int, word, *[pointer] * 5, *[ctypes.c_int] * 4)(
-        function.value
+        function.value or 0
     )
     storage = ctypes.create_string_buffer(192)
     aligned = (ctypes.addressof(storage) + 63) // 64 * 64

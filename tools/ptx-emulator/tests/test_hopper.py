@@ -22,7 +22,7 @@ def test_target_is_for_one_device():
         with pytest.raises(ptx_emulator.EmulatorError, match=f"for {target}"):
             ptx_emulator.load(module.replace("sm_90a", target))
     ptx_emulator.device(90)
-    with pytest.raises(ptx_emulator.EmulatorError, match="needs .target sm_90a"):
+    with pytest.raises(ptx_emulator.EmulatorError, match=r"needs \.target sm_90a"):
         ptx_emulator.load(text("wgmma.fence.sync.aligned;").replace("sm_90a", "sm_90"))
 
 

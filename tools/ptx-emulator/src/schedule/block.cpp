@@ -257,7 +257,8 @@ void Block::run_group(Warp& w, ConvergenceGroup f) {
         break;
       case Kind::kWait:
         i.run(w, i);
-        if (w.predicate(i.slots[1]) & active) {
+        // A try_wait may give up before its phase is over: now and then, unless the order is the plain one.
+        if ((w.predicate(i.slots[1]) & active) || (kChecked && gives_up(i))) {
           ++pc;
           break;
         }
@@ -375,6 +376,12 @@ bool Block::land_copies(bool idle, bool spinning) {
     return landed && idle;
   }
   return false;
+}
+
+bool Block::gives_up(const Instruction& i) {
+  LaunchChecker& checker = *grid->checker;
+  return i.count == static_cast<uint16_t>(MbarrierUse::kTry) && checker.settings.schedule != Schedule::kRoundRobin &&
+         checker.random() % 8 == 0;
 }
 
 // The finding names a thread that waits, and where.

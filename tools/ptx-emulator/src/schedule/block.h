@@ -83,6 +83,7 @@ struct Block {
   void wait(Warp& w, const Instruction& i, ConvergenceGroup f);
   void wake();
   bool time_out();
+  bool gives_up(const Instruction& i);
   bool land_copies(bool idle, bool spinning);
   bool set_registers(Warp& w, const Instruction& i);
   void call_builtin(Warp& w, const Call& call, Frame* frame, uint32_t mask);
