@@ -115,12 +115,17 @@ def test_masks(peer):
 def test_calibration_of_another_model(family, tmp_path_factory):
     folder, home = tiny_folder(family, tmp_path_factory), tmp_path_factory.mktemp("calibrations")
     path = home / "c.safetensors"
-    calibrate(load_runner(folder, 1.0), make_prompts(*[40] * 6), [2, 3]).save(path)
+    calibration = calibrate(load_runner(folder, 1.0), make_prompts(*[40] * 6), [2, 3])
+    calibration.save(path)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):  # which round what is in the file
         pop_ext.attach(load_peer(folder).to(dtype), prefill_depth=2, calibration=path)
     peer = load_peer(folder)
-    with pytest.raises(ValueError, match=r"prefill_depth is not given, expected .*c.safetensors has 2, 3"):
+    with pytest.raises(pop_ext.CalibrationError, match=r"prefill_depth is not given, and .*: expected one of 2, 3$"):
         pop_ext.attach(peer, calibration=path)
+    calibration.provenance["recommended"] = 3
+    calibration.save(home / "recommends.safetensors")
+    assert pop_ext.attach(peer, calibration=home / "recommends.safetensors")._pop.depth == 3
+    pop_ext.detach(peer)
     with pytest.raises(pop_ext.CalibrationError, match="prefill_depth is 1 layers, but the calibration was made"):
         pop_ext.attach(peer, prefill_depth=1, calibration=path)
     with torch.no_grad():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoints.calibration import Calibration, CalibrationError
+from ..checkpoints.calibration import Calibration, CalibrationError, default_depth
 from ..checkpoints.families import ModelSpec
 from ..checkpoints.fingerprint import checkpoint_fingerprint, tensors_fingerprint
 from ..runtime.checks import check_count
@@ -51,7 +51,7 @@ def attach(
 
     model: of the architectures in ARCHITECTURES, with sdpa or eager attention; its weights must stay what they are.
     prefill_depth: layers that prompt tokens run through: an int counts them, a float in (0, 1] is their share. By
-        default the calibration's only depth. With all layers the model stays as it is.
+        default what the calibration recommends, or its only depth. With all layers the model stays as it is.
     calibration: a file of `pop calibrate` for this model and depth; None: the layers' own weights project.
     boundary_tokens, anchor_tokens: how many of a prompt's last, and of a sequence's first, run through all layers.
 
@@ -63,11 +63,9 @@ def attach(
     check_count("anchor_tokens", anchor_tokens, 0)
     loaded = None if calibration is None else _load_calibration(calibration, model, decoder, spec)
     if prefill_depth is None:
-        if loaded is None or len(loaded.depths) != 1:
-            raise ValueError(
-                f"prefill_depth is not given, expected layers or a share of them{_choices(loaded, calibration)}"
-            )
-        prefill_depth = loaded.depths[0]
+        if calibration is None:
+            raise ValueError("prefill_depth is not given, expected layers or a share of them")
+        prefill_depth = default_depth(calibration)
     depth = resolve_depth(prefill_depth, spec.num_layers)
     attached = _Attached(decoder, spec, depth, boundary_tokens, anchor_tokens, loaded)
     if hasattr(model, "_pop"):
@@ -120,10 +118,6 @@ def _check_attention(decoder) -> None:
             f"attn_implementation is {decoder.config._attn_implementation}, expected {' or '.join(ATTENTION)}: a "
             "prompt's deep tokens need a mask of their own"
         )
-
-
-def _choices(calibration: Calibration | None, path) -> str:
-    return "" if calibration is None else f"; {path} has {', '.join(map(str, calibration.depths))}"
 
 
 def _load_calibration(path: str | Path, model, decoder, spec: ModelSpec) -> Calibration:
