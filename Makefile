@@ -12,10 +12,10 @@ SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 demo: $(SMOLLM2)
 	@$(BIN)/python bench/demo.py $(SMOLLM2)
 
-# The slowest tests, and those that were skipped by reason, are printed at the end; a skip for another reason than those listed in
-# python_tests/skips.toml is a failure.
+# Two processes share the tests, a file at a time. The slowest tests, and those that were skipped by reason, are printed at the end;
+# a skip for another reason than those listed in python_tests/skips.toml is a failure.
 test: .venv/smollm2 .venv/gemma .venv/ptx-emulator
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest --durations=15 --numprocesses=2 --dist=loadfile
 
 # What ships: an sdist, a wheel made of it, and the operation tests on that wheel, installed in an environment of its own.
 test-wheel: .venv/ptx-emulator

@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 transformers.logging.set_verbosity_error()
@@ -218,13 +219,14 @@ def real_model(name: str) -> Path:
     from pop_ext.checkpoints.gguf import convert_gguf
 
     models = Path(os.environ.get("POP_MODELS", ROOT / "build" / "models"))
+    models.mkdir(parents=True, exist_ok=True)
     folder = models / name
-    if not (folder / "config.json").exists():
-        models.mkdir(parents=True, exist_ok=True)
-        file = model_gguf(name, models)
-        convert_gguf(file, folder)
-        if file.is_relative_to(models):
-            file.unlink()  # assembled here from parts
+    with FileLock(models / f"{name}.lock"):  # several processes share the tests
+        if not (folder / "config.json").exists():
+            file = model_gguf(name, models)
+            convert_gguf(file, folder)
+            if file.is_relative_to(models):
+                file.unlink()  # assembled here from parts
     return folder
 
 
