@@ -31,220 +31,13 @@
 #include <string_view>
 #include <vector>
 
+#include "data.h"
+#include "models.h"
 #include "pop/linear.h"
+#include "reference.h"
+#include "timing.h"
 
 namespace bench {
-
-using bf16 = __nv_bfloat16;
-
-inline void ok(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
-}
-#define BENCH_OK(call) ::bench::ok((call), #call)
-
-// Models
-
-struct Model {
-  const char* name;
-  int64_t hidden, intermediate, layers, query_heads, kv_heads, head_size, vocabulary;
-  bool qk_norm, gelu, sandwich_norms;  // sandwich norms: the residual is added after a norm, not by a projection
-  int64_t window, window_period;       // all layers but every period-th see `window` keys; 0: all of them see all
-
-  /// Layers that prefill at two thirds of the depth skips.
-  int64_t skipped() const { return layers - (2 * layers + 1) / 3; }
-};
-
-// From the config.json (its text_config where it has one) of meta-llama/Llama-3.1-8B, Qwen/Qwen3-VL-8B-Instruct,
-// google/gemma-3-4b-pt and HuggingFaceTB/SmolLM2-135M.
-inline constexpr Model kModels[] = {
-    {"Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128, 128256, false, false, false, 0, 0},
-    {"Qwen3-VL-8B", 4096, 12288, 36, 32, 8, 128, 151936, true, false, false, 0, 0},
-    {"Gemma-3-4B", 2560, 10240, 34, 8, 4, 256, 262208, true, true, true, 1024, 6},
-    {"SmolLM2-135M", 576, 1536, 30, 9, 3, 64, 49152, false, false, false, 0, 0},
-};
-inline constexpr int64_t kDecodeTokens[] = {1, 8, 64}, kPromptTokens[] = {512, 2048, 8192};
-inline constexpr int64_t kMostDecodeTokens = 64;  // more are a prompt
-inline constexpr int64_t kDecodeContext = 4096;   // that each decoded token sees
-inline constexpr int64_t kCacheBlock = 64;        // tokens
-inline constexpr float kEps = 1e-6f;
-inline constexpr double kUnit = 0x1p-8;  // of bf16: half the distance of two neighbours, relative
-
-/// The model with sizes that the PTX emulator can bear: ratios of heads and shapes of a head stay.
-inline Model cut(Model m) {
-  m.hidden = std::min<int64_t>(m.hidden, 2048);
-  m.intermediate = std::min<int64_t>(m.intermediate, 2048);
-  m.query_heads = m.query_heads / m.kv_heads * 2;
-  m.kv_heads = 2;
-  m.vocabulary = 4096;
-  m.layers = 6;
-  m.window = std::min<int64_t>(m.window, 192);
-  return m;
-}
-inline constexpr int64_t kCutPrompt = 512, kCutContext = 1024;
-
-// Data
-
-/// `count` values of unit variance times `scale`, around `mean`.
-template <typename T>
-std::vector<T> random_values(int64_t count, float scale = 1, float mean = 0) {
-  static uint64_t state = 0;
-  std::vector<T> values(count);
-  for (T& value : values) {  // splitmix64
-    uint64_t z = state += 0x9e3779b97f4a7c15;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-    z = (z ^ z >> 27) * 0x94d049bb133111eb;
-    z ^= z >> 31;
-    value = T(mean + scale * 1.7320508f * (static_cast<float>(z >> 40) * 0x1p-23f - 1));
-  }
-  return values;
-}
-
-/// An operand on the device, once for each of the sets that launches rotate through.
-template <typename T>
-class Buffer {
- public:
-  /// The same values in every set.
-  Buffer(std::vector<T> values, int sets) : host_(std::move(values)) {
-    allocate(sets);
-    for (int set = 0; set < sets; ++set)
-      BENCH_OK(cudaMemcpy((*this)[set], host_.data(), bytes(), cudaMemcpyHostToDevice));
-  }
-  /// An output, NaN until it is written.
-  Buffer(int64_t count, int sets) : host_(count) {
-    allocate(sets);
-    BENCH_OK(cudaMemset(device_, 0xff, pitch_ * sets));
-  }
-  ~Buffer() { cudaFree(device_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  T* operator[](int set) { return reinterpret_cast<T*>(static_cast<char*>(device_) + pitch_ * set); }
-  /// The host's copy: of an input its values, of an output those of set 0 at the last download.
-  double at(int64_t i) const { return static_cast<double>(static_cast<float>(host_[i])); }
-  void download() { BENCH_OK(cudaMemcpy(host_.data(), device_, bytes(), cudaMemcpyDeviceToHost)); }
-
- private:
-  size_t bytes() const { return host_.size() * sizeof(T); }
-  void allocate(int sets) {
-    pitch_ = (bytes() + 255) / 256 * 256;
-    BENCH_OK(cudaMalloc(&device_, std::max<size_t>(pitch_ * sets, 256)));
-  }
-
-  std::vector<T> host_;
-  void* device_ = nullptr;
-  size_t pitch_ = 0;
-};
-
-/// What an output should be, and the same computation on absolute values.
-struct Expected {
-  double value, magnitude;
-};
-
-/// x[x0 + i] . y[y0 + i], i < count.
-template <typename X, typename Y>
-Expected dot(const Buffer<X>& x, int64_t x0, const Buffer<Y>& y, int64_t y0, int64_t count) {
-  Expected sum{};
-  for (int64_t i = 0; i < count; ++i) {
-    const double product = x.at(x0 + i) * y.at(y0 + i);
-    sum.value += product;
-    sum.magnitude += std::abs(product);
-  }
-  return sum;
-}
-
-/// A head of sums through RMS norm (gains null: none) and RoPE at angles[token], in float64; float32 cos and sin.
-inline std::vector<Expected> finish_head(std::vector<Expected> head, const Buffer<float>* gains, int64_t gains0,
-                                         const Buffer<float>& cos, const Buffer<float>& sin, int64_t angles0) {
-  if (gains) {
-    double squares = 0;
-    for (const Expected& e : head) squares += e.value * e.value;
-    const double scale = 1 / std::sqrt(squares / static_cast<double>(head.size()) + double{kEps});
-    for (size_t i = 0; i < head.size(); ++i) {
-      const double gain = scale * gains->at(gains0 + static_cast<int64_t>(i));
-      head[i].value *= gain;
-      head[i].magnitude *= std::abs(gain);
-    }
-  }
-  const size_t half = head.size() / 2;
-  for (size_t i = 0; i < half; ++i) {
-    const double c = cos.at(angles0 + static_cast<int64_t>(i)), s = sin.at(angles0 + static_cast<int64_t>(i));
-    const Expected first = head[i], second = head[i + half];
-    head[i] = {first.value * c - second.value * s, first.magnitude * std::abs(c) + second.magnitude * std::abs(s)};
-    head[i + half] = {second.value * c + first.value * s,
-                      second.magnitude * std::abs(c) + first.magnitude * std::abs(s)};
-  }
-  return head;
-}
-
-/// cos and sin of RoPE, [ropes, tokens, head_size / 2], rope r of base 10,000 * 100^r.
-inline std::vector<float> angles(int64_t ropes, int64_t tokens, int64_t head_size, double (*function)(double)) {
-  std::vector<float> values;
-  for (int64_t r = 0; r < ropes; ++r)
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t i = 0; i < head_size / 2; ++i) {
-        const double base = 1e4 * std::pow(100.0, static_cast<double>(r));
-        const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(head_size);
-        values.push_back(static_cast<float>(function(static_cast<double>(t) * std::pow(base, exponent))));
-      }
-  return values;
-}
-
-/// Tokens 0, 1, ... in cache blocks that lie in reverse order: the slots [tokens] of a sequence.
-inline int64_t cache_blocks(int64_t tokens) { return (tokens + kCacheBlock - 1) / kCacheBlock; }
-inline std::vector<int64_t> reversed_slots(int64_t tokens) {
-  std::vector<int64_t> slots;
-  for (int64_t t = 0; t < tokens; ++t)
-    slots.push_back((cache_blocks(tokens) - 1 - t / kCacheBlock) * kCacheBlock + t % kCacheBlock);
-  return slots;
-}
-
-inline pop::PagedCache paged_cache(void* data, int64_t blocks, int64_t heads, int64_t head_size) {
-  return {data, blocks, kCacheBlock, heads, head_size, kCacheBlock * heads * head_size, heads * head_size, head_size};
-}
-
-// cuBLAS, where it is installed
-
-/// y [tokens, out] = x weight^T in bf16 through cublasGemmEx, whose library is opened while the program runs.
-class Cublas {
- public:
-  explicit Cublas(cudaStream_t stream) {
-    void* const library = dlopen("libcublas.so.13", RTLD_NOW);
-    if (!library) return;
-    const auto create = reinterpret_cast<int (*)(void**)>(dlsym(library, "cublasCreate_v2"));
-    const auto set_stream = reinterpret_cast<int (*)(void*, cudaStream_t)>(dlsym(library, "cublasSetStream_v2"));
-    const auto set_workspace = reinterpret_cast<int (*)(void*, void*, size_t)>(dlsym(library, "cublasSetWorkspace_v2"));
-    const auto multiply = reinterpret_cast<Multiply>(dlsym(library, "cublasGemmEx"));
-    if (!create || !set_stream || !set_workspace || !multiply || create(&handle_)) return;
-    // A workspace of its own (the size that cuBLAS advises for Hopper), so that nothing is allocated under capture.
-    constexpr size_t kWorkspace = 32 << 20;
-    BENCH_OK(cudaMalloc(&workspace_, kWorkspace));
-    if (!set_stream(handle_, stream) && !set_workspace(handle_, workspace_, kWorkspace)) multiply_ = multiply;
-  }
-  ~Cublas() { cudaFree(workspace_); }
-  Cublas(const Cublas&) = delete;
-  Cublas& operator=(const Cublas&) = delete;
-
-  bool present() const { return multiply_; }
-
-  void linear(int64_t tokens, int64_t in, int64_t out, const bf16* x, const bf16* weight, bf16* y) const {
-    const float one = 1, zero = 0;
-    // cuBLAS's matrices are column-major: y^T [out, tokens] = (weight^T [in, out])^T x^T [in, tokens].
-    constexpr int kTransposed = 1, kPlain = 0, kCompute32F = 68, kDefaultAlgorithm = -1;
-    const int n = static_cast<int>(tokens), m = static_cast<int>(out), k = static_cast<int>(in);
-    const int status = multiply_(handle_, kTransposed, kPlain, m, n, k, &one, weight, CUDA_R_16BF, k, x, CUDA_R_16BF, k,
-                                 &zero, y, CUDA_R_16BF, m, kCompute32F, kDefaultAlgorithm);
-    if (status) throw std::runtime_error("cublasGemmEx: status " + std::to_string(status));
-  }
-
- private:
-  using Multiply = int (*)(void*, int, int, int, int, int, const void*, const void*, cudaDataType_t, int, const void*,
-                           cudaDataType_t, int, const void*, void*, cudaDataType_t, int, int, int);
-  void *handle_ = nullptr, *workspace_ = nullptr;
-  Multiply multiply_ = nullptr;
-};
-
-// Running
 
 /// One measured thing: what it is called, what it must do at least, and how it is launched and checked.
 struct Case {
@@ -258,10 +51,6 @@ struct Case {
   std::function<std::pair<double, Expected>(uint64_t random)> output;  // some output, and what it should be
   std::string peer = {};                                               // another program that does the same
   std::function<void(int set, cudaStream_t)> peer_launch = {};
-};
-
-struct Times {  // seconds
-  double median, p10, p90;
 };
 
 struct Options {
@@ -413,35 +202,8 @@ class Bench {
   }
 
   Times time(const std::function<void(int, cudaStream_t)>& launch, int rotation) const {
-    const int launches = software() ? rotation : std::max(kLaunches, rotation), samples = software() ? 3 : kSamples;
-    cudaGraph_t graph;
-    cudaGraphExec_t executable;
-    cudaEvent_t begin, end;
-    for (int set = 0; set < rotation; ++set) launch(set, stream);  // warms up, and opts kernels in before the capture
-    BENCH_OK(cudaStreamSynchronize(stream));
-    BENCH_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < launches; ++i) launch(i % rotation, stream);
-    BENCH_OK(cudaStreamEndCapture(stream, &graph));
-    BENCH_OK(cudaGraphInstantiate(&executable, graph, 0));
-    BENCH_OK(cudaEventCreate(&begin));
-    BENCH_OK(cudaEventCreate(&end));
-    std::vector<double> seconds;
-    for (int i = -2; i < samples; ++i) {  // two more to warm up
-      BENCH_OK(cudaEventRecord(begin, stream));
-      BENCH_OK(cudaGraphLaunch(executable, stream));
-      BENCH_OK(cudaEventRecord(end, stream));
-      BENCH_OK(cudaEventSynchronize(end));
-      float milliseconds;
-      BENCH_OK(cudaEventElapsedTime(&milliseconds, begin, end));
-      if (i >= 0) seconds.push_back(milliseconds * 1e-3 / launches);
-    }
-    BENCH_OK(cudaEventDestroy(begin));
-    BENCH_OK(cudaEventDestroy(end));
-    BENCH_OK(cudaGraphExecDestroy(executable));
-    BENCH_OK(cudaGraphDestroy(graph));
-    std::sort(seconds.begin(), seconds.end());
-    const auto quantile = [&](int percent) { return seconds[(seconds.size() - 1) * percent / 100]; };
-    return {quantile(50), quantile(10), quantile(90)};
+    return software() ? time_launches(launch, rotation, stream, rotation, 3)
+                      : time_launches(launch, rotation, stream, std::max(kLaunches, rotation), kSamples);
   }
 
   int64_t ceiling_size() const { return software() ? 128 : 8192; }
