@@ -113,6 +113,8 @@ def transformers_engine(folder: Path, device: str, lengths, decode: int, compile
 
 
 def vllm(folder: Path, lengths, decode: int) -> Iterator[dict]:
+    here = Path(__file__).parent  # which has a vllm.py, too
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
     from vllm import LLM, SamplingParams
 
     engine = LLM(str(folder), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max(lengths) + decode + 8,

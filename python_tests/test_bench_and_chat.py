@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,10 +42,16 @@ class Terminal:
         environment = os.environ | {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pop_ext.cli", *arguments], stdin=slave, stdout=slave, stderr=slave,
-            env=environment, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env=environment, start_new_session=True, preexec_fn=self.take,
         )  # fmt: skip
         os.close(slave)
         self.master, self.seen = master, ""
+
+    @staticmethod
+    def take() -> None:
+        """In the program's process: the terminal is its own, and Ctrl-C reaches it though these tests may ignore it."""
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def read_until(self, pattern: str, seconds: float = 120) -> str:
         """What is printed up to a match of `pattern`."""

@@ -180,7 +180,9 @@ def refine(
         path = None if state is None else Path(f"{state}.refining-{depth}")
 
         def report(step: int, kl: float, count: int = count, depth: int = depth) -> None:
-            progress(count * steps + step, len(calibration.depths) * steps, f"depth {depth}, held-out KL {kl:.4f}")
+            progress(
+                count * steps + step, len(calibration.depths) * steps, f"refining depth {depth}, held-out KL {kl:.4f}"
+            )
 
         _refine_depth(model, calibration, windows, depth, steps, path, seed, report)
 

@@ -75,7 +75,7 @@ def calibrate(
             fit = (data or workflows.default_data(loaded, tokens, seed, report)).windows(loaded, tokens)
     encode_images(loaded, fit)
     names = [file.name for file in text or chats or []] or ["default"]
-    with progress_bar("calibrating") as report:
+    with progress_bar("calibrating:") as report:
         result = workflows.calibrate_on(
             loaded, depths, fit, rank=rank, source=names, waited=time.perf_counter() - start, refine=refine,
             state=output, seed=seed, progress=report,
