@@ -98,14 +98,12 @@ def answers(folder: str, *turns: str, depth: int = 3) -> list[str]:
 
 
 def test_chat_on_a_terminal(folder):
-    """Turns that remember, the times of each, Ctrl-C at the prompt and in an answer, and Ctrl-D."""
+    """Turns that remember, the times of each, and Ctrl-D."""
     options = ("--prefill-depth", "3", "--max-new-tokens", "6", "--temperature", "0", "--dtype", "float32")
     with Terminal("chat", folder, *options) as terminal:
         assert "Ctrl-C stops an answer, Ctrl-D ends." in terminal.read_until(r"> $")
         terminal.type("Hello\n")
         first = terminal.read_until(ANSWERED)
-        terminal.read_until(r"> $")
-        terminal.type("thrown away\x03")
         terminal.read_until(r"> $")
         terminal.type("Again\n")
         second = terminal.read_until(ANSWERED)
