@@ -112,12 +112,9 @@ LOW_SHARE = 0.6  # of the machine's large GEMM: below it, "pop" does not serve t
 
 def processor() -> dict:
     """The machine's fields of a line."""
-    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    entries = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in first.splitlines())}
-    numbers = f"family {entries.get('cpu family', '?')}, model {entries.get('model', '?')}"
     build = pop_ext.build_info()
     return {
-        "processor": f"{entries.get('model name', 'unknown')} ({numbers})",
+        "processor": build["processor"],
         "instruction_set": build["cpu_isa"],
         "cores": build["cpu_cores"],
         "threads": THREADS,

@@ -97,6 +97,15 @@ def cuda_image(device: int | torch.device | None = None) -> dict:
     return {"sm": sm.value, "ptx": ptx.value, "compiled_by_driver": f"sm_{sm.value}" not in _C.cuda_architectures()}
 
 
+def _processor() -> str:
+    """The processor as Linux names it; the family and model tell apart those that share a name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.is_file() else []
+    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    numbers = f"family {entries.get('cpu family', '?')}, model {entries.get('model', '?')}"
+    return f"{entries.get('model name', 'unknown processor')} ({numbers})"
+
+
 def build_info() -> dict:
     """What this library was built with, and what it runs on here.
 
@@ -112,6 +121,7 @@ def build_info() -> dict:
     else:
         image = cuda_image()
     return _C.build_info() | {
+        "processor": _processor(),
         "cpu_isas": cpu_isas(),
         "cpu_isa": cpu_isa(),
         "cuda": built,

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -72,7 +71,4 @@ def processor_name(model: Model) -> str:
         return torch.get_device_module(model.device).get_device_name(model.device)
     from .. import ops
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown processor'}, {ops.cpu_isa()}, {torch.get_num_threads()} threads"
+    return f"{ops.build_info()['processor']}, {ops.cpu_isa()}, {torch.get_num_threads()} threads"
