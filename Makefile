@@ -26,8 +26,9 @@ test-wheel: .venv/ptx-emulator
 	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt build/dist/*.whl expecttest hypothesis pytest
 	rm -rf build/wheel-tests && cp -r python_tests build/wheel-tests
+	touch build/wheel-tests/pytest.ini  # so that pytest takes nothing of the folders above
 	export PTX_EMULATOR_PATH=$$($(BIN)/python -c "import ptx_emulator; print(ptx_emulator.library_path())"); \
-	cd build/wheel-tests && PYTHONPATH=.:$(CURDIR)/tools/ptx-emulator ../wheel-venv/bin/python -m pytest -c /dev/null --rootdir . -p skips -q \
+	cd build/wheel-tests && PYTHONPATH=.:$(CURDIR)/tools/ptx-emulator ../wheel-venv/bin/python -m pytest -p skips -q \
 	  test_ops.py test_ops_attention.py test_ops_projections.py test_cuda_ops.py test_cuda_attention.py test_cuda_runtime.py \
 	  -k "not on_sm_86 and not properties"
 
