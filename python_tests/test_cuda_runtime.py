@@ -133,7 +133,9 @@ def test_repeats_exactly(name, dtype):
 
 
 def test_on_sm_86():
-    """With the 99 KiB of shared memory that a block has there: other tiles and stages."""
+    """With the 99 KiB of shared memory that a block has there: other tiles and stages. In the hardest of the orders only:
+    how blocks synchronise does not differ.
+    """
     if torch.cuda.is_available() or os.environ.get("PTX_EMULATOR_SM"):
         pytest.skip("the device is another one already")
     environment = {**os.environ, "PTX_EMULATOR_SM": "86"}
@@ -144,7 +146,7 @@ def test_on_sm_86():
     device = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert device.stdout.split() == ["8", "6"], device.stdout + device.stderr
     files = [str(Path(__file__).with_name(f"test_cuda_{name}.py")) for name in ("ops", "attention")]
-    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", "elements or large"]
+    command = [sys.executable, "-m", "pytest", "-q", *files, "-k", "(elements or large) and not (roundrobin or random)"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "passed" in result.stdout, result.stdout[-3000:]
 
