@@ -174,6 +174,36 @@ def test_stopped_benchmark_leaves_no_worker(folder, number):
     assert not left
 
 
+STEP = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import gpu
+_, _, started, report = sys.argv
+command = ["sh", "-c", "echo $$ >$0.new; mv $0.new $0; sleep 600", started]
+gpu.PARTS["tests"] = lambda part: part.run("wait", command)
+sys.argv[1:] = ["--rehearse", "--json", report, "tests"]
+gpu.main()
+"""
+
+
+def test_stopped_gpu_run_leaves_no_step(tmp_path):
+    started = tmp_path / "pid"
+    command = [sys.executable, "-c", STEP, str(ROOT / "bench"), str(started), str(tmp_path / "gpu.json")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            end = time.monotonic() + 60
+            while not started.exists() and time.monotonic() < end:
+                time.sleep(0.05)
+            step = int(started.read_text())
+            assert running(step)
+            process.terminate()
+            assert process.wait(20) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    assert not running(step)
+
+
 def test_worker_failures_name_their_cause(folder):
     worker = prefill.Worker("transformers", str(folder), {}, sys.executable, {})
     try:
