@@ -133,6 +133,23 @@ def test_an_answer_is_stopped(folder):
         terminal.type("\x04")
 
 
+def test_a_line_is_thrown_away(folder):
+    """Ctrl-C at the prompt, in a line and at an empty one: the program goes on, and nothing of the line is asked."""
+    options = ("--prefill-depth", "3", "--max-new-tokens", "6", "--temperature", "0", "--dtype", "float32")
+    with Terminal("chat", folder, *options) as terminal:
+        terminal.read_until(r"> $")
+        for typed in ("thrown away", "", ""):
+            terminal.type(typed)
+            terminal.read_until(rf"{typed}$")
+            terminal.type("\x03")
+            terminal.read_until(r"\n> $")
+        terminal.type("Hello\n")
+        shown = terminal.read_until(ANSWERED)
+        assert visible(answers(folder, "Hello")[0]) in visible(shown)
+        terminal.read_until(r"> $")
+        terminal.type("\x04")
+
+
 def test_chat_in_a_pipe(folder):
     """Answers alone go to standard output."""
     options = ("--prefill-depth", 3, "--max-new-tokens", 6, "--temperature", 0, "--dtype", "float32")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import tiny_folder
+from vision_models import TINY_VISION
 from windows import random_windows
 
 import pop_ext
 from pop_ext.analysis import calibration
 from pop_ext.checkpoints.calibration import Calibration
+from pop_ext.checkpoints.fingerprint import checkpoint_fingerprint
 from pop_ext.integrations.vllm.settings import Settings
+from pop_ext.runtime import layers
 
 
 def test_fingerprint_is_of_the_weights(tiny_llama, tmp_path_factory):
@@ -20,7 +23,18 @@ def test_fingerprint_is_of_the_weights(tiny_llama, tmp_path_factory):
     assert first.fingerprint() != second.fingerprint()
 
 
-def test_refused_files(tiny_llama, tmp_path_factory, tmp_path):
+def test_fingerprint_of_files(tiny):
+    """It is the loaded model's, in either dtype."""
+    found = {pop_ext.load(tiny, dtype=dtype).fingerprint() for dtype in (torch.float32, torch.bfloat16)}
+    assert found == {checkpoint_fingerprint(tiny)}
+
+
+@pytest.mark.parametrize("name", TINY_VISION)
+def test_fingerprint_of_vision_files(name, tmp_path):
+    test_fingerprint_of_files(TINY_VISION[name].make(tmp_path / name, seed=1))
+
+
+def test_refused_files(tiny_llama, tmp_path_factory, tmp_path, monkeypatch):
     model = pop_ext.load(tiny_llama, dtype=torch.float32)
     result = calibration.calibrate(model, random_windows(4, 50), [2])
     path = tmp_path / "c.safetensors"
@@ -35,7 +49,8 @@ def test_refused_files(tiny_llama, tmp_path_factory, tmp_path):
         pop_ext.load(tiny_folder("mistral_full", tmp_path_factory), calibration=path)
     result.provenance["fingerprint"] = "of another"
     result.save(path)
-    with pytest.raises(pop_ext.CalibrationError, match="another model"):
+    with monkeypatch.context() as patch, pytest.raises(pop_ext.CalibrationError, match="another model"):
+        patch.setattr(layers, "load_weights", None)  # it is refused before that
         pop_ext.load(tiny_llama, calibration=path)
     data = path.read_bytes()
     for size in (0, 4, 100, len(data) // 2, len(data) - 1):

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import pop_ext
 from pop_ext import cli
 from pop_ext.cli.common import with_options
+from pop_ext.runtime import device
 from pop_ext.runtime.prefill_depth import parse_depth
 
 
@@ -193,6 +194,27 @@ def test_names_and_reprs(folder, tmp_path):
         assert part in repr(model)
     output = model.generate("Hello", max_new_tokens=3)
     assert repr(output.text[0]) in repr(output) and "5 + 3" in repr(output)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "evaluate", "tune", "calibrate"])
+def test_the_device_reaches_the_model(folder, tmp_path, monkeypatch, command):
+    """And one that this machine lacks is refused by the option's name."""
+    text = tmp_path / "t.txt"
+    text.write_text("A line of text. " * 700)
+    options = {
+        "generate": ("--prompt", "Hi", "--max-new-tokens", 1),
+        "chat": (),
+        "bench": ("--prompt-tokens", 8, "--decode-tokens", 1, "--rounds", 1),
+        "evaluate": ("--text", text),
+        "tune": ("--text", text, "--output", tmp_path / "c"),
+        "calibrate": ("--text", text, "--output", tmp_path / "c", "--prefill-depth", 3),
+    }[command]
+    load, seen = pop_ext.load, []
+    monkeypatch.setattr(device, "why_no_cuda", lambda *_: "there is no GPU here")
+    monkeypatch.setattr(pop_ext, "load", lambda *a, **k: seen.append(k["device"]) or load(*a, **k))
+    result = pop(command, folder, *options, "--device", "cuda")
+    assert result.exit_code == 1 and "--device is 'cuda', but there is no GPU here" in result.stderr, result.stderr
+    assert seen == ["cuda"] and result.stderr.count("\n") == 1
 
 
 def test_interrupt(folder, monkeypatch):

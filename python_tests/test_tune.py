@@ -13,7 +13,7 @@ from test_cli import pop
 
 import pop_ext
 from pop_ext.analysis import calibration as calibrations
-from pop_ext.analysis import evaluation, tune
+from pop_ext.analysis import evaluation, normal_equations, tune
 from pop_ext.analysis.data import Data, Encoder
 from pop_ext.analysis.evaluation import Fidelity
 from pop_ext.checkpoints.calibration import Calibration, default_depth
@@ -186,6 +186,46 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch, where):
         assert not again(**change).continued and scored[0] == "calibrate"
     work.write_bytes(state[: len(state) // 2])
     assert not again().continued
+
+
+def test_an_interrupted_pass_goes_on(model, tmp_path, monkeypatch, caplog):
+    """No window of the calibration is run twice, and the calibration is the same; of another run nothing is taken."""
+    monkeypatch.setattr(calibrations, "BATCH", 1)
+    monkeypatch.setattr(normal_equations, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(normal_equations, "SAVE_SHARE", math.inf)
+    once = pop_ext.tune(model, [TEXT], depths=[2, 4], **SIZES)
+    path, ran, run = tmp_path / "t.safetensors", [], model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda *a: ran.append(a[0]) or run(*a))
+    windows = once.calibration.provenance["windows"]
+
+    def stop_after(count):
+        def stop(done, total, note=""):
+            if note.startswith("calibrating") and done == count:
+                raise Stop
+
+        return stop
+
+    def tune_to(path, depths=(2, 4), **settings):
+        return pop_ext.tune(model, [TEXT], depths=depths, output=path, **SIZES, **settings)
+
+    for count in (2, windows - 1, windows):  # the last is held out, and what was summed up before it stays
+        with pytest.raises(Stop):
+            tune_to(path, progress=stop_after(count))
+    assert len(ran) == windows
+    work = tmp_path / "t.safetensors.tuning"
+    state = work.read_bytes()
+    result = tune_to(path)
+    assert result.continued and len(ran) == windows and not work.exists()
+    for depth in (2, 4):
+        for found, expected in zip(result.calibration.at(depth), once.calibration.at(depth), strict=True):
+            assert torch.equal(found, expected)
+    for spoilt, settings in ((state, {"depths": (2, 3)}), (state, {"seed": 1}), (state[:-9], {})):
+        ran.clear()
+        work.write_bytes(spoilt)
+        assert not tune_to(path, **settings).continued and len(ran) == windows
+    monkeypatch.setattr(normal_equations, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    tune_to(path)
+    assert caplog.text.count("cannot be written, so an interrupted run would begin anew: the disk is full") == 1
 
 
 def test_progress_grows_to_its_total(model):

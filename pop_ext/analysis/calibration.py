@@ -27,8 +27,8 @@ from ..checkpoints.calibration import Calibration
 from ..runtime.finite import NonFiniteError, explained
 from ..runtime.kv_cache import BLOCK_SIZE
 from ..vision.spans import ImageSpan
+from .normal_equations import PENALTIES, NormalEquations, UnfinishedPass
 
-PENALTIES = tuple(10.0 ** (-k / 2) for k in range(2, 17))  # relative to the mean of the diagonal of X^T X
 HELD_OUT = 8  # every eighth window chooses the penalty and measures the errors
 WINDOW = 512  # tokens
 BATCH = 4  # windows of one forward pass
@@ -40,78 +40,6 @@ def normed(hidden: Tensor, eps: float) -> Tensor:
     """hidden [T, D] -> x [T, D] float32 of root mean square 1."""
     hidden = hidden.float()
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
-
-
-class NormalEquations:
-    """X^T X, X^T Y and Y^T Y's diagonal of a stream, in float64; products of one block of rows are float32. X [n, in];
-    Y [n, out] for each of `layers`.
-    """
-
-    def __init__(self, layers: range, inputs: int, outputs: int, device: torch.device | str = "cpu"):
-        like = {"dtype": torch.float64, "device": device}
-        self.xx = torch.zeros(inputs, inputs, **like)
-        self.xy = {layer: torch.zeros(inputs, outputs, **like) for layer in layers}
-        self.yy = {layer: torch.zeros(outputs, **like) for layer in layers}
-        self.count = 0
-
-    def to_host(self) -> None:
-        """What follows is small, and in float64, which GPUs are slow at."""
-        self.xx = self.xx.cpu()
-        self.xy = {layer: xy.cpu() for layer, xy in self.xy.items()}
-        self.yy = {layer: yy.cpu() for layer, yy in self.yy.items()}
-
-    def add_inputs(self, x: Tensor) -> None:
-        self.xx += x.T @ x
-        self.count += len(x)
-
-    def add_targets(self, layer: int, x: Tensor, y: Tensor) -> None:
-        self.xy[layer] += x.T @ y
-        self.yy[layer] += y.double().square().sum(0)
-
-    def __add__(self, other: NormalEquations) -> NormalEquations:
-        total = NormalEquations(range(0), 0, 0)
-        total.xx, total.count = self.xx + other.xx, self.count + other.count
-        total.xy = {layer: self.xy[layer] + other.xy[layer] for layer in self.xy}
-        total.yy = {layer: self.yy[layer] + other.yy[layer] for layer in self.yy}
-        return total
-
-    def of(self, matrix: Tensor) -> NormalEquations:
-        """The moments of inputs `matrix` x, matrix [m, in]."""
-        result = NormalEquations(range(0), 0, 0)
-        result.xx, result.count = matrix @ self.xx @ matrix.T, self.count
-        result.xy, result.yy = {layer: matrix @ xy for layer, xy in self.xy.items()}, self.yy
-        return result
-
-    def solve(self, layer: int, own: Tensor, penalty: float, spectrum: tuple[Tensor, Tensor]) -> Tensor:
-        """The ridge solution [in, out] float64 with `spectrum`, the eigenvalues and eigenvectors of X^T X: sound
-        however nearly singular that is, as a negative eigenvalue can only be rounding."""
-        values, vectors = spectrum
-        damped = values.clamp_min(0) + penalty * values.mean()
-        return own + vectors @ ((vectors.T @ (self.xy[layer] - self.xx @ own)) / damped[:, None])
-
-    def penalty_errors(
-        self, layer: int, own: Tensor, spectrum: tuple[Tensor, Tensor], other: NormalEquations
-    ) -> Tensor:
-        """[PENALTIES] float64: of each penalty's `solve`, the squared error over another stream, relative to the sum of
-        its targets' squares. other: that stream's moments in the basis of the eigenvectors, `of(vectors.T)`.
-
-        In the basis of the eigenvectors, a solution is `own + D R` with a diagonal D that alone has the penalty, so
-        that its error is a quadratic form of D: three products for all penalties, and not three for each.
-        """
-        values, vectors = spectrum
-        rest = vectors.T @ (self.xy[layer] - self.xx @ own)  # R
-        own = vectors.T @ own
-        xx, xy = other.xx, other.xy[layer]
-        linear = 2 * ((xx @ own - xy) * rest).sum(1)
-        quadratic = xx * (rest @ rest.T)
-        constant = (own * (xx @ own - 2 * xy)).sum() + other.yy[layer].sum()
-        damped = values.clamp_min(0) + torch.tensor(PENALTIES, dtype=torch.float64)[:, None] * values.mean()
-        scale = 1 / damped  # [PENALTIES, in]
-        return (((scale @ quadratic) * scale).sum(1) + scale @ linear + constant) / other.yy[layer].sum()
-
-    def errors(self, layer: int, weight: Tensor) -> Tensor:
-        """The squared error of `weight` [in, out] in each output, summed over the stream: [out]."""
-        return (weight * (self.xx @ weight - 2 * self.xy[layer])).sum(0) + self.yy[layer]
 
 
 def features_of(moments: NormalEquations, size: int, rank: int) -> Tensor:
@@ -189,11 +117,12 @@ def calibrate(
     *,
     rank: int | None = None,
     visuals: list[list[ImageSpan]] | None = None,
+    unfinished: UnfinishedPass | None = None,
     progress: Callable[..., None] = lambda done, total, note="": None,
 ) -> Calibration:
     """Projections for every prefill depth of `depths`, from one pass over `windows` of tokens; visuals[i] are the
     images of windows[i]. rank: features of the token before, by default RANK, or the hidden size if that is less (0:
-    none, and projections as large as the layers' own).
+    none, and projections as large as the layers' own). unfinished: where the pass is kept and goes on from.
     """
     spec = model.spec
     for depth in depths:
@@ -208,35 +137,7 @@ def calibrate(
         raise ValueError(f"the text has {len(windows)} windows, expected at least 2: one is held out")
     pairs = list(zip(windows, visuals if visuals is not None else [[]] * len(windows), strict=True))
     depths = sorted(set(depths))
-    rows = 2 * spec.num_kv_heads * spec.head_dim
-    layers = {depth: range(depth + 1, spec.num_layers) for depth in depths}
-    size = spec.hidden_size
-    fitted, held_out = (
-        {depth: NormalEquations(layers[depth], (1 + (rank > 0)) * size, rows, model.device) for depth in depths}
-        for _ in range(2)
-    )
-    first = max(model.anchor_tokens, rank > 0)  # anchors have true keys and values, and unlike any other token's
-    done = 0
-    count = max(1, min(BATCH, model.max_cache_tokens // (max(map(len, windows)) + BLOCK_SIZE)))
-    for part, moments in zip(split(pairs), (fitted, held_out), strict=True):
-        for start in range(0, len(part), count):
-            (batch, images), inputs = zip(*part[start : start + count], strict=True), {}
-            counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0]
-            counted = counted.to(model.device)
-            for layer, hidden in enumerate(model.hidden_states(list(batch), list(images))):
-                if layer == spec.num_layers:
-                    break
-                x = normed(hidden, spec.rms_norm_eps)
-                if inputs:
-                    targets = _targets(model, layer, x[counted])
-                    for depth, depth_x in inputs.items():
-                        moments[depth].add_targets(layer, depth_x, targets)
-                if layer in depths:
-                    inputs[layer] = torch.cat([x[counted], x[counted - 1]], 1) if rank else x[counted]
-                    moments[layer].add_inputs(inputs[layer])
-            done += len(batch)
-            progress(done, len(windows))
-
+    fitted, held_out = _pass(model, pairs, depths, rank, unfinished, progress)
     moments = [*fitted.values(), *held_out.values()]
     for m in moments:
         m.to_host()
@@ -259,6 +160,50 @@ def calibrate(
             "depths": report,
         },
     )
+
+
+def _pass(
+    model, pairs: list[tuple], depths: list[int], rank: int, unfinished: UnfinishedPass | None, progress
+) -> tuple[dict[int, NormalEquations], dict[int, NormalEquations]]:
+    """The normal equations of each depth, of the windows to fit on and of those held out. pairs: windows, and their
+    images.
+    """
+    spec, size = model.spec, model.spec.hidden_size
+    rows = 2 * spec.num_kv_heads * spec.head_dim
+    fitted, held_out = (
+        {
+            depth: NormalEquations(range(depth + 1, spec.num_layers), (1 + (rank > 0)) * size, rows, model.device)
+            for depth in depths
+        }
+        for _ in range(2)
+    )
+    tables = [*fitted.values(), *held_out.values()]
+    first = max(model.anchor_tokens, rank > 0)  # anchors have true keys and values, and unlike any other token's
+    count = max(1, min(BATCH, model.max_cache_tokens // (max(len(window) for window, _ in pairs) + BLOCK_SIZE)))
+    before, done = unfinished.load(tables) if unfinished else 0, 0
+    for part, moments in zip(split(pairs), (fitted, held_out), strict=True):
+        for start in range(0, len(part), count):
+            (batch, images), inputs = zip(*part[start : start + count], strict=True), {}
+            done += len(batch)
+            if done <= before:
+                continue
+            counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0]
+            counted = counted.to(model.device)
+            for layer, hidden in enumerate(model.hidden_states(list(batch), list(images))):
+                if layer == spec.num_layers:
+                    break
+                x = normed(hidden, spec.rms_norm_eps)
+                if inputs:
+                    targets = _targets(model, layer, x[counted])
+                    for depth, depth_x in inputs.items():
+                        moments[depth].add_targets(layer, depth_x, targets)
+                if layer in depths:
+                    inputs[layer] = torch.cat([x[counted], x[counted - 1]], 1) if rank else x[counted]
+                    moments[layer].add_inputs(inputs[layer])
+            if unfinished:
+                unfinished.save_now_and_then(tables, done)
+            progress(done, len(pairs))
+    return fitted, held_out
 
 
 def _fit(

@@ -23,6 +23,7 @@ from ..runtime.generation import Model
 from . import calibration as calibrations
 from . import evaluation
 from .evaluation import Fidelity
+from .normal_equations import UnfinishedPass
 from .samples import Pairs
 
 SHARES = (0.4, 0.5, 0.6, 0.67, 0.75, 0.87)  # of the layers: the candidates where none are given
@@ -174,10 +175,12 @@ def tune(
     state = _State.load(output, key, model)
     continued = state is not None
     if state is None:
+        unfinished = None if output is None else UnfinishedPass(Path(f"{output}.tuning"), key)
         result = calibrations.calibrate(
-            model, fit.windows, depths, rank=rank, visuals=fit.visuals,
+            model, fit.windows, depths, rank=rank, visuals=fit.visuals, unfinished=unfinished,
             progress=lambda done, _, note="": progress(done, total, note or f"calibrating {at}"),
         )  # fmt: skip
+        continued = unfinished is not None and unfinished.continued
         result.provenance["seconds"] = time.perf_counter() - start
         state = _State(result, [], key, output)
         state.save()
@@ -228,7 +231,8 @@ def _seconds(runs: list[tuple], held_out: Pairs, visuals, report: Callable[[int]
 
 def _key(model: Model, fit: Pairs, held_out: Pairs, depths, rank, seed) -> str:
     """Of all that a state hangs on."""
-    settings = (model.boundary_tokens, model.anchor_tokens, str(model.dtype), depths, rank, seed, FORMAT)
+    batches = (model.max_cache_tokens, calibrations.BATCH)
+    settings = (model.boundary_tokens, model.anchor_tokens, str(model.dtype), depths, rank, seed, batches, FORMAT)
     data = (fit.windows, held_out.prompts, held_out.continuations)
     images = [[v.start, v.end, v.digest()] for p in (fit, held_out) for s in p.visuals or [] for v in s]
     return hashlib.sha256(repr((model.fingerprint(), settings, data, images)).encode()).hexdigest()
@@ -261,7 +265,7 @@ class _State:
     @classmethod
     def load(cls, output: str | Path | None, key: str, model: Model) -> _State | None:
         """The state of an interrupted run of the same `key`; None where there is none, or of another run."""
-        if output is None or not Path(f"{output}.tuning").is_file():
+        if output is None or not Path(f"{output}.tuning").is_file() or UnfinishedPass.is_at(Path(f"{output}.tuning")):
             return None
         try:
             calibration = Calibration.load(f"{output}.tuning", model.spec, model.dtype)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import atomic_write
+from .fingerprint import checkpoint_fingerprint
 from .tensors import open_safetensors
 
 FORMAT = "pop-calibration-2"
@@ -74,9 +75,9 @@ class Calibration:
 
         return Calibration(moved(self.projections), moved(self.features), self.provenance)
 
-    def check(self, model) -> None:
-        """CalibrationError unless it was made for this model's weights."""
-        if self.provenance["fingerprint"] != model.fingerprint():
+    def check(self, folder: Path) -> None:
+        """CalibrationError unless it was made for the weights of this checkpoint folder, of which none are loaded."""
+        if self.provenance["fingerprint"] != checkpoint_fingerprint(folder):
             raise CalibrationError("the calibration was made for another model: its fingerprint differs")
 
     def save(self, path: str | Path) -> None:

@@ -10,6 +10,8 @@ from rich.table import Table
 from ..runtime.prefill_depth import parse_depth, resolve_depth
 from .common import (
     Depths,
+    Device,
+    DeviceName,
     DType,
     Json,
     Model,
@@ -33,6 +35,7 @@ def bench(
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after each prompt.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each, in turn.")] = 5,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
+    device: Device = DeviceName.auto,
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode in tokens a second on this machine.
@@ -49,7 +52,7 @@ def bench(
             f"prompt_tokens and decode_tokens make {longest}, expected at most the model's "
             f"{spec.max_position_embeddings}"
         )
-    loaded = load_model(model, dtype, max_cache_tokens=longest)
+    loaded = load_model(model, dtype, max_cache_tokens=longest, device=device)
     from pop_ext.analysis import speed
 
     machine = speed.processor_name(loaded)

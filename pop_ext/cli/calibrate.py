@@ -13,6 +13,8 @@ from .common import (
     Boundary,
     Chats,
     Depths,
+    Device,
+    DeviceName,
     DType,
     Json,
     Model,
@@ -48,6 +50,7 @@ def calibrate(
     anchor_tokens: Anchor = 1,
     seed: Seed = 0,
     dtype: Annotated[DType, typer.Option(help="Data type of the model.")] = DType.bfloat16,
+    device: Device = DeviceName.auto,
     as_json: Json = False,
 ) -> None:
     """Fit the projections of the skipped layers to what the full model computes, for one or several prefill depths.
@@ -66,7 +69,7 @@ def calibrate(
     fit = data.windows(encoder, tokens) if data is not None and not data.has_images else None
     room = None if data else 32_768  # of the cache: for many samples at a time
     stages = {"boundary_tokens": boundary_tokens, "anchor_tokens": anchor_tokens}
-    loaded = load_model(model, dtype, **stages, max_cache_tokens=room)
+    loaded = load_model(model, dtype, **stages, max_cache_tokens=room, device=device)
     from ..analysis import workflows
 
     start = time.perf_counter()

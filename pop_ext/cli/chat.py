@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..runtime.prefill_depth import parse_depth
-from .common import Calibration, DType, Model, app, load_model, one_line_errors, stderr
+from .common import Calibration, Device, DeviceName, DType, Model, app, load_model, one_line_errors, stderr
 from .generate import describe_depth, sampling_settings
 
 
@@ -44,13 +44,14 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
+    device: Device = DeviceName.auto,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D ends.
 
     After each answer a line on standard error says how many layers the prompt ran through, and how long it took.
     """
     depth = None if prefill_depth is None else parse_depth(prefill_depth)
-    loaded = load_model(model, dtype, prefill_depth=depth, calibration=calibration)
+    loaded = load_model(model, dtype, prefill_depth=depth, calibration=calibration, device=device)
     import transformers
 
     if not loaded.tokenizer.chat_template:

@@ -62,7 +62,7 @@ class DType(str, Enum):
     float32 = "float32"
 
 
-class Device(str, Enum):
+class DeviceName(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
@@ -130,7 +130,7 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_model(model: str, dtype: DType, **settings):
+def load_model(model: str, dtype: DType, *, device: DeviceName = DeviceName.auto, **settings):
     """A model with a tokenizer, for a command."""
     with stderr.status(f"loading {model}"):
         import torch
@@ -138,7 +138,7 @@ def load_model(model: str, dtype: DType, **settings):
         import pop_ext
 
         quiet_transformers()
-        loaded = pop_ext.load(model, dtype=getattr(torch, dtype.value), **settings)
+        loaded = pop_ext.load(model, dtype=getattr(torch, dtype.value), device=device.value, **settings)
     if loaded.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer: text cannot be turned into tokens")
     return loaded
@@ -234,5 +234,6 @@ Rank = Annotated[
     int | None, typer.Option(min=0, help="Features of the token before; 0: none, and no cost.", show_default="64")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[DeviceName, typer.Option(help="Where to run; auto: a GPU where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw a plot: a .png, .svg or .pdf file.")]

@@ -13,6 +13,8 @@ from .common import (
     Calibration,
     Chats,
     Continuation,
+    Device,
+    DeviceName,
     DType,
     Json,
     Model,
@@ -80,6 +82,7 @@ def evaluate(
     anchor_tokens: Anchor = 1,
     seed: Seed = 0,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
+    device: Device = DeviceName.auto,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
@@ -99,7 +102,7 @@ def evaluate(
     cut = cutter(data, prompts, continuation_tokens, synthetic_task, seed)
     parts = None if data.has_images else [cut(encoder, size) for size in sizes]
     stages = {"boundary_tokens": boundary_tokens, "anchor_tokens": anchor_tokens}
-    loaded = load_model(model, dtype, prefill_depth=1.0, **stages, calibration=calibration)
+    loaded = load_model(model, dtype, prefill_depth=1.0, **stages, calibration=calibration, device=device)
     from ..analysis import evaluation, workflows
 
     rows, results = [], []

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..runtime.prefill_depth import parse_depth
-from .common import Calibration, Device, DType, app, load_model, one_line_errors, stderr
+from .common import Calibration, Device, DeviceName, DType, app, load_model, one_line_errors, stderr
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -90,7 +90,7 @@ def generate(
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
     max_cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the cache may hold.")] = None,
     calibration: Calibration = None,
-    device: Annotated[Device, typer.Option(help="Where to run; auto: a GPU where there is one.")] = Device.auto,
+    device: Device = DeviceName.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
     """Answer or continue a prompt.
@@ -109,7 +109,7 @@ def generate(
 
     loaded = load_model(
         model, dtype, prefill_depth=depth, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens,
-        max_cache_tokens=max_cache_tokens, calibration=calibration, device=device.value,
+        max_cache_tokens=max_cache_tokens, calibration=calibration, device=device,
     )  # fmt: skip
     import transformers
 

@@ -12,6 +12,8 @@ from .common import (
     Boundary,
     Chats,
     Continuation,
+    Device,
+    DeviceName,
     DType,
     Json,
     Model,
@@ -65,6 +67,7 @@ def tune(
     anchor_tokens: Anchor = 1,
     seed: Seed = 0,
     dtype: Annotated[DType, typer.Option(help="Data type of the model.")] = DType.bfloat16,
+    device: Device = DeviceName.auto,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
@@ -84,7 +87,8 @@ def tune(
     depths = layer_counts(prefill_depth, encoder.spec) if prefill_depth else tuning.candidates(layers)
     sizes = (tokens, prompts, prompt_tokens, continuation_tokens)
     parts = data.split(encoder, *sizes) if data is not None and not data.has_images else None
-    loaded = load_model(model, dtype, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens)
+    stages = {"boundary_tokens": boundary_tokens, "anchor_tokens": anchor_tokens}
+    loaded = load_model(model, dtype, **stages, device=device)
     if parts is None:
         with progress_bar("sampling text") as report:
             data = data or workflows.default_data(loaded, tokens * 4 // 3, seed, report)

@@ -74,6 +74,8 @@ class Layers:
         self.check_settings()
         self.calibration = None if calibration is None else Calibration.load(calibration, self.spec, dtype)
         depth = self.resolve_prefill_depth(prefill_depth)
+        if self.calibration is not None:
+            self.calibration.check(folder)
         if self.device.type == "cpu":
             first, capacity = 0, max_cache_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_CACHE_TOKENS)
         else:  # projections of layers below the depth asked for take memory that a GPU has better uses for
@@ -90,7 +92,6 @@ class Layers:
         self.rope_index = torch.tensor(self.spec.rope_index, dtype=torch.int32, device=self.device)
         self._no_gain = torch.ones(self.spec.hidden_size, device=self.device)
         if self.calibration is not None:
-            self.calibration.check(self)
             self.calibration = self.calibration.to(self.device)
         norms: list[Any] = [layer.k_norm for layer in self.weights.layers]
         self.k_norms = torch.stack(norms) if self.spec.qk_norm else None

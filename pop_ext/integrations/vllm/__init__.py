@@ -4,6 +4,7 @@
 a `pop` section in the additional config vLLM stays what it is. docs/vllm.md says what the section may hold.
 
 - `settings`: the section, checked.
+- `refusals`: what a config may not ask for.
 - `steps`: which tokens of a step run through all layers.
 - `projections`: the weights of stage 2, of one tensor-parallel rank, and its operation.
 - `engine`: everything that hangs on vLLM's insides; imported by an engine that uses POP only.

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pop_ext.checkpoints.calibration import default_depth
+from pop_ext.runtime.prefill_depth import resolve_depth
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,6 @@ class Settings:
         return settings
 
     def check(self) -> None:
-        depth = self.prefill_depth
-        if isinstance(depth, bool) or not isinstance(depth, int | float):
-            raise ValueError(f"pop.prefill_depth is {depth!r:.80}, expected layers (int) or a share of them (float)")
         for name, least in (("boundary_tokens", 1), ("anchor_tokens", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -63,15 +61,11 @@ class Settings:
                 raise ValueError(f"pop.calibration is {self.calibration}: no such file")
 
     def layers(self, num_layers: int) -> int:
-        """The prefill depth P in layers, of `num_layers`. ValueError if there are not so many."""
-        depth = self.prefill_depth
-        if isinstance(depth, float):
-            if not 0 < depth <= 1:
-                raise ValueError(f"pop.prefill_depth is {depth}, expected a share of the layers in (0, 1]")
-            depth = max(1, int(depth * num_layers + 0.5))
-        if not 1 <= depth <= num_layers:
-            raise ValueError(f"pop.prefill_depth is {depth}, expected 1 to {num_layers} layers (or a share of them)")
-        return depth
+        """The prefill depth P in layers, of `num_layers`. ValueError if it is no depth of theirs."""
+        try:
+            return resolve_depth(self.prefill_depth, num_layers)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"pop.{error}") from None
 
     def identity(self, num_layers: int) -> str:
         """What keys and values of a prompt depend on beside the tokens: blocks of other settings are other blocks."""
