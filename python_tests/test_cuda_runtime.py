@@ -151,7 +151,7 @@ def test_on_sm_86():
 
 @NAMES
 def test_public_functions(monkeypatch, name):
-    monkeypatch.setattr(pop_ext.ops, "_pop", op_cases.ops)
+    monkeypatch.setattr("pop_ext.ops.layers._pop", op_cases.ops)
     op_cases.public_function(name, torch.bfloat16)
 
 
