@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.calibration import Calibration
+from ..checkpoints.families import ModelSpec
 from ..runtime.finite import NonFiniteError, explained
 from ..runtime.kv_cache import BLOCK_SIZE
 from ..vision.spans import ImageSpan
@@ -181,6 +182,42 @@ def _own(model, layer: int, moments: NormalEquations) -> Tensor:
     return own
 
 
+def _checked_rank(spec: ModelSpec, windows: list[list[int]], depths: list[int], rank: int | None) -> int:
+    """The rank to use; ValueError for arguments of `calibrate` that cannot be used."""
+    for depth in depths:
+        if not 1 <= depth < spec.num_layers:
+            raise ValueError(
+                f"prefill_depth is {depth}, expected 1 to {spec.num_layers - 1}: the full model skips nothing"
+            )
+    rank = min(RANK, spec.hidden_size) if rank is None else rank
+    if not 0 <= rank <= spec.hidden_size:
+        raise ValueError(f"rank is {rank}, expected 0 to the hidden size, {spec.hidden_size}")
+    if len(windows) < 2:
+        raise ValueError(f"the text has {len(windows)} windows, expected at least 2: one is held out")
+    return rank
+
+
+def _add_batch(
+    model, moments: dict[int, NormalEquations], batch: list[list[int]], images: list[list[ImageSpan]], rank: int
+) -> None:
+    """Adds a batch of windows to the sums of every prefill depth."""
+    spec, inputs = model.spec, {}
+    first = max(model.anchor_tokens, rank > 0)  # anchors have true keys and values, and unlike any other token's
+    counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0]
+    counted = counted.to(model.device)
+    for layer, hidden in enumerate(model.hidden_states(batch, images)):
+        if layer == spec.num_layers:
+            break
+        x = normed(hidden, spec.rms_norm_eps)
+        if inputs:
+            targets = _targets(model, layer, x[counted])
+            for depth, depth_x in inputs.items():
+                moments[depth].add_targets(layer, depth_x, targets)
+        if layer in moments:
+            inputs[layer] = torch.cat([x[counted], x[counted - 1]], 1) if rank else x[counted]
+            moments[layer].add_inputs(inputs[layer])
+
+
 @torch.no_grad()
 def calibrate(
     model,
@@ -195,45 +232,22 @@ def calibrate(
     images of windows[i]. rank: features of the token before, by default RANK, or the hidden size if that is less (0:
     none, and projections as large as the layers' own).
     """
-    spec = model.spec
-    for depth in depths:
-        if not 1 <= depth < spec.num_layers:
-            raise ValueError(
-                f"prefill_depth is {depth}, expected 1 to {spec.num_layers - 1}: the full model skips nothing"
-            )
-    rank = min(RANK, spec.hidden_size) if rank is None else rank
-    if not 0 <= rank <= spec.hidden_size:
-        raise ValueError(f"rank is {rank}, expected 0 to the hidden size, {spec.hidden_size}")
-    if len(windows) < 2:
-        raise ValueError(f"the text has {len(windows)} windows, expected at least 2: one is held out")
+    spec, size = model.spec, model.spec.hidden_size
+    rank = _checked_rank(spec, windows, depths, rank)
     pairs = list(zip(windows, visuals if visuals is not None else [[]] * len(windows), strict=True))
     depths = sorted(set(depths))
     rows = 2 * spec.num_kv_heads * spec.head_dim
     layers = {depth: range(depth + 1, spec.num_layers) for depth in depths}
-    size = spec.hidden_size
     fitted, held_out = (
         {depth: NormalEquations(layers[depth], (1 + (rank > 0)) * size, rows, model.device) for depth in depths}
         for _ in range(2)
     )
-    first = max(model.anchor_tokens, rank > 0)  # anchors have true keys and values, and unlike any other token's
     done = 0
     count = max(1, min(BATCH, model.max_cache_tokens // (max(map(len, windows)) + BLOCK_SIZE)))
     for part, moments in zip(split(pairs), (fitted, held_out), strict=True):
         for start in range(0, len(part), count):
-            (batch, images), inputs = zip(*part[start : start + count], strict=True), {}
-            counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0]
-            counted = counted.to(model.device)
-            for layer, hidden in enumerate(model.hidden_states(list(batch), list(images))):
-                if layer == spec.num_layers:
-                    break
-                x = normed(hidden, spec.rms_norm_eps)
-                if inputs:
-                    targets = _targets(model, layer, x[counted])
-                    for depth, depth_x in inputs.items():
-                        moments[depth].add_targets(layer, depth_x, targets)
-                if layer in depths:
-                    inputs[layer] = torch.cat([x[counted], x[counted - 1]], 1) if rank else x[counted]
-                    moments[layer].add_inputs(inputs[layer])
+            batch, images = zip(*part[start : start + count], strict=True)
+            _add_batch(model, moments, list(batch), list(images), rank)
             done += len(batch)
             progress(done, len(windows))
 
