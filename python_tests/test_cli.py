@@ -9,11 +9,9 @@ import sys
 
 import pytest
 import torch
-from helpers import make_chat_folder
-from typer.testing import CliRunner
+from helpers import make_chat_folder, pop
 
 import pop_ext
-from pop_ext import cli
 from pop_ext.cli.common import with_options
 from pop_ext.runtime.prefill_depth import parse_depth
 
@@ -21,10 +19,6 @@ from pop_ext.runtime.prefill_depth import parse_depth
 @pytest.fixture(scope="module")
 def folder(tiny_llama, tmp_path_factory):
     return str(make_chat_folder(tiny_llama, tmp_path_factory))
-
-
-def pop(*arguments, stdin: bytes | None = None):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
 
 
 FLOAT32 = ("--dtype", "float32")  # no ties between tokens

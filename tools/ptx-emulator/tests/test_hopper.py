@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 from hopper_kernels import FENCE_INIT, Layout, copy_tile, kernel, swizzled, text, wait
-from test_tensor import bf16, e4m3, fragment
+from tensor_values import bf16, e4m3, fragment
 
 import ptx_emulator
 
