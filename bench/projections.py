@@ -1,7 +1,7 @@
 """What calibrated projections gain and cost at a prefill depth: fidelity against prefill time, and against the minutes
 that they take to make.
 
-python bench/projections.py MODEL_FOLDER --text FILE [--prefill-depth 0.5] [--refine STEPS ...] [--json FILE]
+python bench/projections.py MODEL_FOLDER --text FILE [--prefill-depth 0.5] [--refine STEPS ...] [--output FILE]
 
 Calibrates on the first 50,000 tokens of the text and tests on 32 windows of what follows, 384 prompt tokens and 64 of
 continuation. Prefill times are of 2,048 prompt tokens, all projections in turn, medians, as ratios within a round.
@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--refine", type=int, nargs="*", default=[], metavar="STEPS", help="steps from the default rank"
     )
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--output", type=Path, help="also write the rows to this file, as JSON")
     return parser.parse_args()
 
 
@@ -114,8 +114,8 @@ def main() -> None:
         row["prefill_ratio"] = ratio
     title = f"{Path(arguments.model).name}, {torch.get_num_threads()} threads"
     show(rows, title, model.spec.num_layers)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

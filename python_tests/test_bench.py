@@ -227,7 +227,7 @@ def test_gpu_rehearsal(run_kernel, tmp_path):
     tool.chmod(0o755)
     report = tmp_path / "gpu.json"
     environment = os.environ | {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
-    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse", "--json", str(report)]
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse", "--output", str(report)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     parts = json.loads(report.read_text())

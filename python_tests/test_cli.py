@@ -113,7 +113,7 @@ def test_sampling(folder):
         ((), "either with --prompt TEXT or with --prompt-file FILE"),
         (("--prompt", "a", "--prompt-file", "b"), "either with --prompt TEXT or with --prompt-file FILE"),
         (("--prompt", ""), "--prompt is empty"),
-        (("--prompt", "a", "--prefill-depth", "many"), "--prefill-depth must be a number of layers"),
+        (("--prompt", "a", "--prefill-depth", "many"), "--prefill-depth is 'many', expected a number of layers"),
         (("--prompt", "a", "--prefill-depth", "7"), "--prefill-depth is 7, expected 1 to 6"),
         (("--prompt", "a", "--prefill-depth", "1.5"), "--prefill-depth is 1.5, expected a share"),
         (("--prompt", "a", "--boundary-tokens", "0"), "--boundary-tokens is 0"),

@@ -114,7 +114,7 @@ def test_refinement_is_refused(pair, samples, tmp_path):
     options = ("--prefill-depth", 2, "--refine", 3, "--output", tmp_path / "out.safetensors")
     for source, message in [
         (("--samples", samples), "expected it without --samples"),
-        (("--text", tmp_path / "text.txt"), "takes models of text alone"),
+        (("--text", tmp_path / "text.txt"), "has a vision tower"),
     ]:
         result = pop("calibrate", pair.folder, *source, *options)
         assert result.exit_code == 1 and message in result.stderr
