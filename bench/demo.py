@@ -41,6 +41,28 @@ def compare(model, prompt: list[int], answer: list[int], full: int, depth: int) 
     return kl, (exact.argmax(-1) == truncated.argmax(-1)).float().mean().item()
 
 
+def long_prompt(tokenizer) -> list[int]:
+    """The document, the question before and after it: a model this small loses it otherwise."""
+    text = f"{QUESTION}\n\n{topics[TOPIC].strip()}\n\n{QUESTION}"
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+
+
+def answer_both(model, prompt: list[int], full: int, depth: int, max_new_tokens: int, console: Console) -> dict:
+    """What the model answers at each depth, shown as it comes."""
+    answers = {}
+    for name, layers in ((f"full depth, {full} layers", full), (f"prompt through {depth} of {full} layers", depth)):
+        with console.status(f"answering: {name}"):
+            answers[layers] = model.generate([prompt], prefill_depth=layers, max_new_tokens=max_new_tokens)
+        answer = answers[layers].text[0].strip()
+        if len(answers[layers].tokens[0]) == max_new_tokens:
+            answer += " [...]"
+        console.print(Panel(escape(answer), title=name, title_align="left"))
+    return answers
+
+
 def run(arguments, console: Console) -> dict:
     folder = arguments.model
     with console.status(f"loading {folder}"):
@@ -56,29 +78,14 @@ def run(arguments, console: Console) -> dict:
     full = model.spec.num_layers
     depth = arguments.prefill_depth or round(full * 2 / 3)
 
-    # The question before and after the document: a model this small loses it otherwise.
-    text = f"{QUESTION}\n\n{topics[TOPIC].strip()}\n\n{QUESTION}"
-    if model.tokenizer.chat_template:
-        text = model.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-    prompt = model.tokenizer(text, add_special_tokens=not model.tokenizer.chat_template).input_ids
-
+    prompt = long_prompt(model.tokenizer)
     console.print(
         f"[bold]{escape(Path(folder).name)}[/], {full} layers, {str(model.dtype).removeprefix('torch.')}, "
         f"{torch.get_num_threads()} threads. Document: pydoc_data.topics[{TOPIC!r}], {len(prompt)} prompt tokens.",
         f'Question: "{QUESTION}"\n',
         sep="\n",
     )
-    answers = {}
-    for name, layers in ((f"full depth, {full} layers", full), (f"prompt through {depth} of {full} layers", depth)):
-        with console.status(f"answering: {name}"):
-            answers[layers] = model.generate([prompt], prefill_depth=layers, max_new_tokens=arguments.max_new_tokens)
-        answer = answers[layers].text[0].strip()
-        if len(answers[layers].tokens[0]) == arguments.max_new_tokens:
-            answer += " [...]"
-        console.print(Panel(escape(answer), title=name, title_align="left"))
-
+    answers = answer_both(model, prompt, full, depth, arguments.max_new_tokens, console)
     with console.status("comparing the next-token distributions along the full-depth answer"):
         kl, top1 = compare(model, prompt, answers[full].tokens[0], full, depth)
     times = measure(model, prompt, [full, depth], arguments.rounds, console)

@@ -1,6 +1,6 @@
 """The README's table of fidelity: calibration on the default text, every method, long contexts, copying and retrieval.
 
-python bench/fidelity.py MODEL_FOLDER --text FILE [--prefill-depth 20] [--refine STEPS] [--json FILE]
+python bench/fidelity.py MODEL_FOLDER --text FILE [--prefill-depth 20] [--refine STEPS] [--output FILE]
 
 Runs the `pop` commands as anyone would, and prints their rows as Markdown.
 """
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--calibration-text", type=Path, help="instead of the default text")
     parser.add_argument("--prefill-depth", action="append", help="12 or 0.7; by default two thirds and a half")
     parser.add_argument("--refine", type=int, default=0, metavar="STEPS")
-    parser.add_argument("--json", type=Path, help="also write all rows to this file")
+    parser.add_argument("--output", type=Path, help="also write all rows to this file, as JSON")
     arguments = parser.parse_args()
     depths = [x for depth in arguments.prefill_depth or ("0.67", "0.5") for x in ("--prefill-depth", depth)]
     name = arguments.model.name
@@ -87,8 +87,8 @@ def main() -> None:
         for task in ("retrieval", "copying"):
             results[task] = json.loads(pop(*common, *methods, "--synthetic-task", task))
             show(f"{task.capitalize()} from the prompt", results[task], exact=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -204,14 +204,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # Part.run then ends its step
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; by default all")
-    parser.add_argument("--json", type=Path, help="build/gpu.json, or gpu-rehearsal.json; what is there is added to")
+    parser.add_argument("--output", type=Path, help="build/gpu.json, or gpu-rehearsal.json; what is there is added to")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, in tiny shapes")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"PART is {sorted(unknown)[0]!r}, expected {', '.join(PARTS)}")
     if not arguments.rehearse and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --rehearse needs none")
-    path = arguments.json or ROOT / "build" / ("gpu-rehearsal.json" if arguments.rehearse else "gpu.json")
+    path = arguments.output or ROOT / "build" / ("gpu-rehearsal.json" if arguments.rehearse else "gpu.json")
     report = json.loads(path.read_text()) if path.exists() else {}
     for name in arguments.parts or PARTS:
         part = Part(name, report, path, arguments.rehearse)

@@ -32,13 +32,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -51,62 +47,12 @@ sys.path.insert(0, str(ROOT))
 
 import pop_ext  # noqa: E402
 from bench.engines import THREADS  # noqa: E402
+from bench.multiplications import decode_bytes, plain_multiplications, pop_multiplications  # noqa: E402
+from bench.workers import EngineError, Worker  # noqa: E402
 from pop_ext.checkpoints.config import load_config  # noqa: E402
 from pop_ext.checkpoints.families import ModelSpec  # noqa: E402
 from pop_ext.checkpoints.files import resolve_folder  # noqa: E402
 
-# Counting
-
-
-def _visible(tokens: int, window: int) -> int:
-    """Query-key pairs of causal attention, with the last `window` keys visible (0: all)."""
-    short = min(tokens, window or tokens)
-    return short * (short + 1) // 2 + (tokens - short) * short
-
-
-def _query_and_mlp(spec: ModelSpec) -> int:
-    return 2 * spec.hidden_size * spec.num_heads * spec.head_dim + 3 * spec.hidden_size * spec.intermediate_size
-
-
-def _keys_and_values(spec: ModelSpec) -> int:
-    return 2 * spec.hidden_size * spec.num_kv_heads * spec.head_dim
-
-
-def plain_multiplications(spec: ModelSpec, tokens: int) -> int:
-    """Of the plain model for a prompt: every layer for every token, logits of the last one."""
-    attention = sum(2 * spec.num_heads * spec.head_dim * _visible(tokens, window) for window in spec.windows)
-    linear = spec.num_layers * tokens * (_query_and_mlp(spec) + _keys_and_values(spec))
-    return linear + attention + spec.vocab_size * spec.hidden_size
-
-
-def pop_multiplications(spec: ModelSpec, tokens: int, depth: int) -> int:
-    """Of POP with one boundary and one anchor token: layers from `depth` up do the rest than keys and values for these.
-
-    The last layer is always like that, for the boundary only: an exact shortcut, so a depth of L counts as L - 1.
-    """
-    depth = min(depth, spec.num_layers - 1)
-    total = spec.vocab_size * spec.hidden_size
-    for layer, window in enumerate(spec.windows):
-        if layer < depth:
-            rows, pairs = tokens, _visible(tokens, window)
-        else:
-            rows = min(tokens, 2 if layer < spec.num_layers - 1 else 1)
-            pairs = rows * min(tokens, window or tokens)
-        total += tokens * _keys_and_values(spec) + rows * _query_and_mlp(spec)
-        total += 2 * spec.num_heads * spec.head_dim * pairs
-    return total
-
-
-def decode_bytes(spec: ModelSpec, weight_bytes: int = 2) -> int:
-    """Bytes of weights that one token reads: every layer and the vocabulary projection."""
-    return weight_bytes * (
-        spec.num_layers * (_query_and_mlp(spec) + _keys_and_values(spec)) + spec.vocab_size * spec.hidden_size
-    )
-
-
-# Running
-
-QUIET = 0.1  # processors that others may use during an undisturbed sample
 LOW_SHARE = 0.6  # of the machine's large GEMM: below it, "pop" does not serve this processor well
 
 
@@ -119,85 +65,6 @@ def processor() -> dict:
         "cores": build["cpu_cores"],
         "threads": THREADS,
     }
-
-
-class EngineError(RuntimeError):
-    pass
-
-
-def busy_seconds() -> float:
-    """Processor time that was not idle since the machine started, of all processors; taken by its host included."""
-    with open("/proc/stat") as file:
-        user, nice, system, _idle, _iowait, interrupts, soft_interrupts, stolen = map(int, file.readline().split()[1:9])
-    return (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
-
-
-class Worker:
-    """An engine's process. Waits for commands without using a processor."""
-
-    def __init__(self, engine: str, model: str, options: dict, python: str, environment: dict):
-        self.name = engine
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
-        command = [python, str(ROOT / "bench" / "engines.py"), engine, model, json.dumps(options)]
-        # torch's own compile cache spares later runs the minutes of compiling
-        defaults = {"OMP_NUM_THREADS": str(THREADS), "TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "inductor")}
-        defaults["POP_BENCH_PARENT"] = str(os.getpid())  # the worker ends with this process
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=os.environ | defaults | environment,
-        )
-
-    def run(self, **command) -> dict:
-        """The answer, and `other_load`: processors that were busy with something else meanwhile."""
-        start, busy = time.perf_counter(), busy_seconds()
-        answer = self._run(command)
-        busy = busy_seconds() - busy - answer["cpu_seconds"]
-        return answer | {"other_load": max(0.0, busy / (time.perf_counter() - start))}
-
-    def patient_run(self, patience: float, **command) -> dict:
-        """The quietest sample of `patience` seconds: waits for a quiet machine, and repeats what others disturbed."""
-        end, quietest = time.perf_counter() + patience, None
-        while quietest is None or (quietest["other_load"] > QUIET and time.perf_counter() < end):
-            loaded = True
-            while loaded and time.perf_counter() < end:
-                busy = busy_seconds()
-                time.sleep(0.2)
-                loaded = busy_seconds() - busy > 0.2 * QUIET
-            answer = self.run(**command)
-            if quietest is None or answer["other_load"] < quietest["other_load"]:
-                quietest = answer
-        return quietest
-
-    def _run(self, command: dict) -> dict:
-        try:
-            self.process.stdin.write(json.dumps(command) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self.process.wait()
-            self.log.seek(0)
-            raise EngineError(f"{self.name} ended with status {self.process.returncode}:\n{self.log.read()[-2000:]}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise EngineError(f"{self.name}: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-        self.log.close()
 
 
 @dataclass
@@ -225,6 +92,36 @@ class Contender:
     samples: dict[int, list[dict]] = field(default_factory=dict)
 
 
+@dataclass
+class Plan:
+    """What every engine runs in every round, and the clock that it is timed by."""
+
+    prompt_tokens: list[int]
+    rounds: int
+    decode_tokens: int
+    patience: float
+    processor_time: bool
+    say: Callable[[str], None]
+
+    @property
+    def clock(self) -> str:
+        return "cpu_seconds" if self.processor_time else "seconds"
+
+    @property
+    def environment(self) -> dict:
+        """Threads that wait for one another by spinning would count as busy."""
+        return {"OMP_WAIT_POLICY": "passive"} if self.processor_time else {}
+
+    def rates(self, contender: Contender, count: int) -> list[float]:
+        """Prompt tokens per second, a sample each. Of processor time, what all threads could do in a second."""
+        scale = THREADS if self.processor_time else 1
+        return [scale * count / sample[f"prefill_{self.clock}"] for sample in contender.samples[count]]
+
+    def decode_rates(self, contender: Contender, count: int) -> list[float]:
+        scale = THREADS if self.processor_time else 1
+        return [scale * self.decode_tokens / sample[f"decode_{self.clock}"] for sample in contender.samples[count]]
+
+
 def compare(
     model: str,
     peers: list[Peer],
@@ -242,69 +139,76 @@ def compare(
     spec = ModelSpec.from_config(load_config(folder))
     layers = spec.num_layers
     depths = sorted({layers, *(depths or [max(1, round(layers * 2 / 3))])}, reverse=True)
-    # Threads that wait for one another by spinning would count as busy
-    environment = {"OMP_WAIT_POLICY": "passive"} if processor_time else {}
-    kind = "cpu_seconds" if processor_time else "seconds"
-    workers: list[Worker] = []
+    plan = Plan(prompt_tokens, rounds, decode_tokens, patience, processor_time, say)
+    with ExitStack() as running:
 
-    def start(peer: Peer, settings: dict) -> Worker:
-        workers.append(Worker(peer.engine, peer.model, settings, peer.python, environment))
-        return workers[-1]
+        def start(peer: Peer, settings: dict) -> Worker:
+            return running.enter_context(closing(start_worker(peer, settings, plan)))
 
-    def start_fastest(peer: Peer, dtype: str) -> tuple[dict, Worker]:
-        """The settings that read the longest prompt fastest, by trial where there are several, and a worker of them."""
-        settings = peer.settings[0]
-        if len(peer.settings) > 1:
-            seconds = []
-            for tried in peer.settings:
-                say(f"trying {peer.engine} with {tried}")
-                worker = start(peer, {"dtype": dtype} | tried)
-                runs = [worker.run(prompt_tokens=max(prompt_tokens), decode_tokens=1) for _ in range(3)]
-                seconds.append(min(run[f"prefill_{kind}"] for run in runs[1:]))
-                worker.close()
-                workers.remove(worker)
-            settings = peer.settings[seconds.index(min(seconds))]
-        return settings, start(peer, {"dtype": dtype} | settings)
-
-    try:
         machine = start(Peer("machine", str(folder)), {})
         dtype = machine.run()["dtype"]
         pop = start(Peer("pop", str(folder)), {})
         own = pop.run(prompt_tokens=1, decode_tokens=0, prefill_depth=layers)["dtype"]
         contenders = [Contender("pop", depth, own, {}, pop, {"prefill_depth": depth}) for depth in depths]
         for peer in peers:
-            contenders.append(Contender(peer.engine, layers, dtype, *start_fastest(peer, dtype), {}))
-        for contender in contenders:  # twice: caches warm and compilers done, for every length
-            for count in 2 * prompt_tokens:
-                say(f"warming up {contender.engine} with {count} tokens")
-                contender.worker.run(prompt_tokens=count, decode_tokens=4, **contender.arguments)
-        yardsticks = []
-        for i in range(rounds):
-            say(f"round {i + 1} of {rounds}: the machine")
-            yardsticks.append(machine.patient_run(patience))
-            for contender in contenders[i % len(contenders) :] + contenders[: i % len(contenders)]:
-                for count in prompt_tokens:
-                    say(f"round {i + 1} of {rounds}: {contender.engine} ({contender.prefill_depth}), {count} tokens")
-                    command = {"prompt_tokens": count, "decode_tokens": decode_tokens} | contender.arguments
-                    contender.samples.setdefault(count, []).append(contender.worker.patient_run(patience, **command))
-    finally:
-        for worker in workers:
-            worker.close()
+            settings = fastest_settings(peer, dtype, plan)
+            worker = start(peer, {"dtype": dtype} | settings)
+            contenders.append(Contender(peer.engine, layers, dtype, settings, worker, {}))
+        yardsticks = run_rounds(plan, machine, contenders)
+    return result_lines(plan, spec, dtype, contenders, yardsticks)
 
-    unit = "cpu_second" if processor_time else "second"
-    scale = THREADS if processor_time else 1  # of processor time, what all threads could do in a second
+
+def start_worker(peer: Peer, settings: dict, plan: Plan) -> Worker:
+    return Worker(peer.engine, peer.model, settings, peer.python, plan.environment)
+
+
+def fastest_settings(peer: Peer, dtype: str, plan: Plan) -> dict:
+    """The settings that read the longest prompt fastest, by trial where there are several."""
+    if len(peer.settings) == 1:
+        return peer.settings[0]
+    seconds = []
+    for tried in peer.settings:
+        plan.say(f"trying {peer.engine} with {tried}")
+        with closing(start_worker(peer, {"dtype": dtype} | tried, plan)) as worker:
+            runs = [worker.run(prompt_tokens=max(plan.prompt_tokens), decode_tokens=1) for _ in range(3)]
+        seconds.append(min(run[f"prefill_{plan.clock}"] for run in runs[1:]))
+    return peer.settings[seconds.index(min(seconds))]
+
+
+def run_rounds(plan: Plan, machine: Worker, contenders: list[Contender]) -> list[dict]:
+    """Fills the contenders' samples; returns the machine's yardsticks of each round."""
+    for contender in contenders:  # twice: caches warm and compilers done, for every length
+        for count in 2 * plan.prompt_tokens:
+            plan.say(f"warming up {contender.engine} with {count} tokens")
+            contender.worker.run(prompt_tokens=count, decode_tokens=4, **contender.arguments)
+    yardsticks = []
+    for i in range(plan.rounds):
+        now = f"round {i + 1} of {plan.rounds}"
+        plan.say(f"{now}: the machine")
+        yardsticks.append(machine.patient_run(plan.patience))
+        for contender in contenders[i % len(contenders) :] + contenders[: i % len(contenders)]:
+            for count in plan.prompt_tokens:
+                plan.say(f"{now}: {contender.engine} ({contender.prefill_depth}), {count} tokens")
+                command = {"prompt_tokens": count, "decode_tokens": plan.decode_tokens} | contender.arguments
+                sample = contender.worker.patient_run(plan.patience, **command)
+                contender.samples.setdefault(count, []).append(sample)
+    return yardsticks
+
+
+def result_lines(
+    plan: Plan, spec: ModelSpec, dtype: str, contenders: list[Contender], yardsticks: list[dict]
+) -> list[dict]:
+    unit = plan.clock.removesuffix("s")
     gemm = [y[f"multiplications_per_{unit}"] for y in yardsticks]
     bandwidth = [y[f"read_bytes_per_{unit}"] for y in yardsticks]
-    lines, machine_fields = [], processor()
-    for count in prompt_tokens:
+    lines, machine = [], processor()
+    for count in plan.prompt_tokens:
         limits = [rate * count / plain_multiplications(spec, count) for rate in gemm]
-        rates = {id(c): [scale * count / s[f"prefill_{kind}"] for s in c.samples[count]] for c in contenders}
-        full = rates[id(contenders[0])]
+        full = plan.rates(contenders[0], count)
         for c in contenders:
-            samples, rate = c.samples[count], rates[id(c)]
-            decode = [scale * decode_tokens / s[f"decode_{kind}"] for s in samples]
+            samples, rate, decode = c.samples[count], plan.rates(c, count), plan.decode_rates(c, count)
             weights = decode_bytes(spec, 2 if c.dtype == "bfloat16" else 4)
-            line = machine_fields | {
+            line = machine | {
                 "engine": c.engine,
                 "prefill_depth": c.prefill_depth,
                 "dtype": c.dtype,
@@ -326,13 +230,10 @@ def compare(
             if c.engine == "pop":
                 needed = pop_multiplications(spec, count, c.prefill_depth)
                 line["gemm_share"] = median(r * needed / count / g for r, g in zip(rate, gemm, strict=True))
-                line["predicted_relative"] = pop_multiplications(spec, count, layers) / needed
+                line["predicted_relative"] = pop_multiplications(spec, count, spec.num_layers) / needed
                 line["stages_seconds"] = {k: median(s["stages"][k] for s in samples) for k in samples[0]["stages"]}
             lines.append(line)
     return lines
-
-
-# Showing
 
 
 def show(lines: list[dict], console: Console, processor_time: bool = False) -> None:

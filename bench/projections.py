@@ -1,7 +1,7 @@
 """What calibrated projections gain and cost at a prefill depth: fidelity against prefill time, and against the minutes
 that they take to make.
 
-python bench/projections.py MODEL_FOLDER --text FILE [--prefill-depth 0.5] [--refine STEPS ...] [--json FILE]
+python bench/projections.py MODEL_FOLDER --text FILE [--prefill-depth 0.5] [--refine STEPS ...] [--output FILE]
 
 Calibrates on the first 50,000 tokens of the text and tests on 32 windows of what follows, 384 prompt tokens and 64 of
 continuation. Prefill times are of 2,048 prompt tokens, all projections in turn, medians, as ratios within a round.
@@ -29,7 +29,7 @@ TOKENS, PROMPTS, PROMPT, CONTINUATION = 50_000, 32, 384, 64
 LONG, ROUNDS = 2048, 9
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL_FOLDER")
     parser.add_argument("--text", type=Path, required=True)
@@ -41,9 +41,39 @@ def main() -> None:
     parser.add_argument(
         "--refine", type=int, nargs="*", default=[], metavar="STEPS", help="steps from the default rank"
     )
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--output", type=Path, help="also write the rows to this file, as JSON")
+    return parser.parse_args()
 
+
+def timed(make):
+    """What it makes, and the seconds that this takes."""
+    start = time.perf_counter()
+    return make(), time.perf_counter() - start
+
+
+def prefill_ratios(variants: list, prompt: list[int]) -> list[float]:
+    """Each variant's prefill time over the first one's, in the same rounds."""
+    times: list[list[float]] = [[] for _ in variants]
+    for _ in range(ROUNDS + 1):
+        for entries, (variant, depth) in zip(times, variants, strict=True):
+            entries.append(time_prefill(variant, prompt, [], depth))
+    return [median(a / b for a, b in zip(entries[1:], times[0][1:], strict=True)) for entries in times]
+
+
+def show(rows: list[dict], title: str, layers: int) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("projections", "prefill depth", "KL, nats a token (95%)", "perplexity", "prefill time", "made in"):
+        table.add_column(column)
+    for row in rows:
+        low, high = row["kl_ci95"]
+        cells = [row["projections"], f"{row['prefill_depth']} of {layers}"]
+        cells += [f"{row['kl']:.4f} ({low:.4f} to {high:.4f})", f"{row['perplexity']:.2f}"]
+        table.add_row(*cells, f"{row['prefill_ratio']:.3f}", f"{row['seconds'] / 60:.1f} min")
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    arguments = parse()
     model = pop_ext.load(arguments.model, max_cache_tokens=4 * LONG)
     given = arguments.prefill_depth
     depth, size = model.resolve_prefill_depth(float(given) if "." in given else int(given)), model.spec.hidden_size
@@ -66,40 +96,26 @@ def main() -> None:
         console.print(f"{name} at {depth}: {fidelity.kl:.4f} nats a token", highlight=False)
 
     score("own weights", depth, None, 0.0)
-    start = time.perf_counter()
-    deeper = calibrate(model, fitted, range(depth, min(depth + arguments.deeper + 1, model.spec.num_layers)), rank=0)
-    seconds = time.perf_counter() - start
+    deepest = min(depth + arguments.deeper + 1, model.spec.num_layers)
+    deeper, seconds = timed(lambda: calibrate(model, fitted, range(depth, deepest), rank=0))
     for other in deeper.depths:
         score("calibrated, rank 0", other, deeper, seconds)
     for rank in ranks[1:]:
-        start = time.perf_counter()
-        result = calibrate(model, fitted, [depth], rank=rank)
-        score(f"calibrated, rank {rank}", depth, result, time.perf_counter() - start)
+        score(f"calibrated, rank {rank}", depth, *timed(lambda rank=rank: calibrate(model, fitted, [depth], rank=rank)))
     for steps in arguments.refine:
-        start = time.perf_counter()
-        result = calibrate(model, fitted, [depth])
-        refine(model, result, fitted, steps)
-        score(f"refined {steps} steps", depth, result, time.perf_counter() - start)
 
-    prompt = (bos + tokens)[:LONG]
-    times: list[list[float]] = [[] for _ in variants]
-    for _ in range(ROUNDS + 1):
-        for entries, (variant, at) in zip(times, variants, strict=True):
-            entries.append(time_prefill(variant, prompt, [], at))
-    for row, entries in zip(rows, times, strict=True):
-        row["prefill_ratio"] = median(a / b for a, b in zip(entries[1:], times[0][1:], strict=True))
+        def refined(steps=steps):
+            result = calibrate(model, fitted, [depth])
+            refine(model, result, fitted, steps)
+            return result
 
-    table = Table(title=f"{Path(arguments.model).name}, {torch.get_num_threads()} threads", title_justify="left")
-    for column in ("projections", "prefill depth", "KL, nats a token (95%)", "perplexity", "prefill time", "made in"):
-        table.add_column(column)
-    for row in rows:
-        low, high = row["kl_ci95"]
-        cells = [row["projections"], f"{row['prefill_depth']} of {model.spec.num_layers}"]
-        cells += [f"{row['kl']:.4f} ({low:.4f} to {high:.4f})", f"{row['perplexity']:.2f}"]
-        table.add_row(*cells, f"{row['prefill_ratio']:.3f}", f"{row['seconds'] / 60:.1f} min")
-    Console(width=120).print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        score(f"refined {steps} steps", depth, *timed(refined))
+    for row, ratio in zip(rows, prefill_ratios(variants, (bos + tokens)[:LONG]), strict=True):
+        row["prefill_ratio"] = ratio
+    title = f"{Path(arguments.model).name}, {torch.get_num_threads()} threads"
+    show(rows, title, model.spec.num_layers)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,14 @@ def gemma(tiny_gemma):
     return pair_of(tiny_gemma)
 
 
+@pytest.fixture
+def peer(tiny_llama):
+    """transformers' model, to attach to."""
+    from attach_cases import load_peer
+
+    return load_peer(tiny_llama)
+
+
 # Instruction sets of the CPU operations.
 
 

@@ -146,6 +146,20 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 _folders: dict[str, Path] = {}
 
+# TINY's families in sizes that CUDA takes: multiples of 8, and heads of 32, 64, 128 or 256.
+CUDA_SIZES = {
+    "llama": dict(hidden_size=72, intermediate_size=192),
+    "llama_untied_bias": dict(hidden_size=104, intermediate_size=200),
+    "mistral": dict(hidden_size=80, intermediate_size=152, head_dim=64),
+    "qwen2": dict(hidden_size=192, intermediate_size=80),
+    "qwen2_window": dict(intermediate_size=104),
+    "qwen3": dict(hidden_size=72),
+    "gemma3": dict(hidden_size=96, intermediate_size=176),
+    "gemma3_gqa": dict(hidden_size=144, intermediate_size=96),
+}
+# The lead over the second token, relative to the logits' spread, from which on the first must be the same.
+NEAR_TIE = 0.05
+
 
 def tiny_folder(name: str, tmp_path_factory) -> Path:
     if name not in _folders:
@@ -304,3 +318,24 @@ def run_in_terminal(command: list[str], columns: int, **options) -> tuple[int, s
             shown += data
     os.close(terminal)
     return process.returncode, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
+
+
+def pop(*arguments, stdin: str | bytes | None = None):
+    """The `pop` command in this process: typer's result."""
+    from typer.testing import CliRunner
+
+    from pop_ext import cli
+
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
+
+
+def text_ids(folder) -> list[int]:
+    """Tokens of running text."""
+    path = ROOT.parent / "shared" / "data" / "wikitext2_valid.txt"
+    if path.exists():
+        text = path.read_text()[:40_000]
+    else:
+        from pydoc_data import topics
+
+        text = "\n".join(topics.topics[name] for name in sorted(topics.topics))[:40_000]
+    return transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids

@@ -111,8 +111,7 @@ class Conversation:
 
     def prompt(self, prompts, depth=None):
         pending = [s.token_ids[s.num_cached :] for s in self.sequences]
-        logits, times = self.model.prefill(self.sequences, prompts, prefill_depth=depth or self.depth)
-        assert times.total >= 0
+        logits, _ = self.model.prefill(self.sequences, prompts, prefill_depth=depth or self.depth)
         for i, (prompt, row) in enumerate(zip(prompts, logits, strict=True)):
             self.references[i].decode(pending[i])
             expected = self.references[i].prompt(prompt, depth=depth)

@@ -116,3 +116,26 @@ def project_kv(
         rope = int(rope_index[r])
         _write(key_caches[r], slot_mapping, _rotate(key, cos[rope], sin[rope]))
         _write(value_caches[r], slot_mapping, value)
+
+
+def distribution(logits, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """What `sample` draws from: the probabilities [V] float64 of one row by transformers' processors."""
+    from transformers import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    scores = logits[None].double()
+    for wanted, processor in (
+        (repetition_penalty != 1, lambda: RepetitionPenaltyLogitsProcessor(repetition_penalty)),
+        (temperature != 1, lambda: TemperatureLogitsWarper(temperature)),
+        (top_k > 0, lambda: TopKLogitsWarper(top_k)),
+        (top_p < 1, lambda: TopPLogitsWarper(top_p)),
+        (min_p > 0, lambda: MinPLogitsWarper(min_p)),
+    ):
+        if wanted:
+            scores = processor()(ids[None], scores)
+    return scores[0].softmax(-1)

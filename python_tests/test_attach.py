@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from attach_cases import NEW, TOLERANCE, answer, check, generate, left_padded, load_peer, load_runner, make_prompts
-from helpers import tiny_folder
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig
 
@@ -21,16 +20,6 @@ SETTINGS = {
     "chunks": {"prefill_chunk_size": 7},
     "static, chunks": {"cache_implementation": "static", "prefill_chunk_size": 12},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder("llama", tmp_path_factory)
-
-
-@pytest.fixture
-def peer(folder):
-    return load_peer(folder)
 
 
 # Against the runner
@@ -84,10 +73,10 @@ def test_further_turns(tiny, cache):
         ids, sequences = output.sequences, expected.sequences
 
 
-def test_further_turns_of_unequal_length(folder, peer):
+def test_further_turns_of_unequal_length(tiny_llama, peer):
     """Padding in the middle: between the first turn's answer and the second prompt."""
     settings = {"boundary_tokens": 2, "anchor_tokens": 2}
-    runner = load_runner(folder, 2, **settings)
+    runner = load_runner(tiny_llama, 2, **settings)
     pop_ext.attach(peer, prefill_depth=2, **settings)
     first, second = make_prompts(9, 17), make_prompts(12, 5, seed=3)
     inputs, more = left_padded(first), left_padded(second)
@@ -122,27 +111,27 @@ def test_calibrated(tiny, rank, tmp_path):
     check(peer, inputs, expected, "second turn", past_key_values=output.past_key_values)
 
 
-def test_calibration_is_not_for_an_exact_input(folder, peer, tmp_path):
+def test_calibration_is_not_for_an_exact_input(tiny_llama, peer, tmp_path):
     """Layer L - 1's input is exact at P = L - 1: its own weights serve, whatever the calibration has."""
     path = tmp_path / "calibration.safetensors"
-    calibrate(load_runner(folder, 1.0), make_prompts(*[40] * 8, seed=5), [2]).save(path)
+    calibrate(load_runner(tiny_llama, 1.0), make_prompts(*[40] * 8, seed=5), [2]).save(path)
     pop_ext.attach(peer, prefill_depth=5, calibration=path)
-    check(peer, left_padded(PROMPTS), answer(load_runner(folder, 1.0), PROMPTS))
+    check(peer, left_padded(PROMPTS), answer(load_runner(tiny_llama, 1.0), PROMPTS))
 
 
-def test_inputs_embeds(folder, peer):
+def test_inputs_embeds(tiny_llama, peer):
     pop_ext.attach(peer, prefill_depth=2)
     (prompt,) = make_prompts(30)
     embeds = peer.get_input_embeddings()(torch.tensor([prompt]))
     output = peer.generate(inputs_embeds=embeds, max_new_tokens=NEW, do_sample=False)
-    assert output.tolist() == answer(load_runner(folder, 2), [prompt]).tokens
+    assert output.tolist() == answer(load_runner(tiny_llama, 2), [prompt]).tokens
 
 
 # The ways of generate
 
 
-def test_beams_have_the_runners_scores(folder, peer):
-    runner = load_runner(folder, 2)
+def test_beams_have_the_runners_scores(tiny_llama, peer):
+    runner = load_runner(tiny_llama, 2)
     pop_ext.attach(peer, prefill_depth=2)
     prompts = make_prompts(25, 11)
     inputs = left_padded(prompts)
@@ -157,7 +146,7 @@ def test_beams_have_the_runners_scores(folder, peer):
     assert (output.sequences_scores[::2] >= logprobs - NEW * TOLERANCE).all()
 
 
-def test_sampling_and_streamers(folder, peer):
+def test_sampling_and_streamers(tiny_llama, peer):
     from transformers import TextStreamer
 
     class Collected(TextStreamer):
@@ -175,11 +164,11 @@ def test_sampling_and_streamers(folder, peer):
     torch.manual_seed(0)
     output = generate(peer, left_padded([prompt]), do_sample=True, streamer=streamer)
     assert streamer.tokens == [*output.sequences[0].tolist(), "end"]
-    (logits,) = load_runner(folder, 2).logits([prompt], [output.sequences[0, 25:].tolist()])
+    (logits,) = load_runner(tiny_llama, 2).logits([prompt], [output.sequences[0, 25:].tolist()])
     assert (torch.cat(output.logits) - logits).abs().max() <= TOLERANCE * 10  # of tens, where log p is of some
 
 
-def test_compiled_decode(folder, peer, tmp_path):
+def test_compiled_decode(tiny_llama, peer, tmp_path):
     """Decoding runs compiled, prefill eagerly and truncated, whether generate compiles or the model's forward is."""
     peer.model.layers, peer.config.num_hidden_layers = peer.model.layers[:3], 3  # compiling takes its time
     peer.save_pretrained(tmp_path)
@@ -207,9 +196,9 @@ def test_compiled_decode(folder, peer, tmp_path):
     torch._dynamo.reset()
 
 
-def test_assisted_generation(folder, peer):
+def test_assisted_generation(tiny_llama, peer):
     """A model with POP may assist, and cannot be assisted."""
-    helper = pop_ext.attach(load_peer(folder), prefill_depth=2)
+    helper = pop_ext.attach(load_peer(tiny_llama), prefill_depth=2)
     inputs = left_padded(make_prompts(25))
     expected = peer.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     assert peer.generate(**inputs, max_new_tokens=NEW, do_sample=False, assistant_model=helper).equal(expected)
@@ -237,8 +226,8 @@ def test_deep_layers_see_deep_tokens_only(peer):
     assert seen == [[10, 10, 10]] * 2 + [[1, 1]] * 4  # the middle chunk has no deep token
 
 
-def test_full_depth_and_detach_are_the_untouched_model(folder, peer):
-    inputs, untouched = left_padded(PROMPTS), load_peer(folder)
+def test_full_depth_and_detach_are_the_untouched_model(tiny_llama, peer):
+    inputs, untouched = left_padded(PROMPTS), load_peer(tiny_llama)
     names = set(vars(peer))
     expected = generate(untouched, inputs)
     pop_ext.attach(peer, prefill_depth=1.0)
@@ -254,10 +243,10 @@ def test_full_depth_and_detach_are_the_untouched_model(folder, peer):
     assert set(vars(peer)) == names and not any("forward" in vars(layer) for layer in peer.model.layers)
 
 
-def test_other_calls_during_a_prefill_are_plain(folder, peer):
+def test_other_calls_during_a_prefill_are_plain(tiny_llama, peer):
     """Another thread may run the model meanwhile: its cache tells it apart. A failing prefill leaves nothing behind."""
     prompt, other = make_prompts(25, 18)
-    answered = answer(load_runner(folder, 2), [prompt])
+    answered = answer(load_runner(tiny_llama, 2), [prompt])
     expected = peer(torch.tensor([other])).logits
     pop_ext.attach(peer, prefill_depth=2)
     found = []
@@ -283,11 +272,11 @@ def test_other_calls_during_a_prefill_are_plain(folder, peer):
     check(peer, left_padded([prompt]), answered)
 
 
-def test_copies_and_conversions_keep_it(folder, peer):
+def test_copies_and_conversions_keep_it(tiny_llama, peer):
     prompts = make_prompts(25, 18)
     twin = copy.deepcopy(pop_ext.attach(peer, prefill_depth=2))
     pop_ext.detach(peer)
-    check(twin, left_padded(prompts), answer(load_runner(folder, 2), prompts))
+    check(twin, left_padded(prompts), answer(load_runner(tiny_llama, 2), prompts))
     expected = generate(twin, left_padded(prompts))
     output = generate(twin.double(), left_padded(prompts))
     assert output.past_key_values.layers[5].keys.dtype == torch.float64

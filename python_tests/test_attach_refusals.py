@@ -12,16 +12,6 @@ import pop_ext
 from pop_ext.analysis.calibration import calibrate
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder("llama", tmp_path_factory)
-
-
-@pytest.fixture
-def peer(folder):
-    return load_peer(folder)
-
-
 @pytest.mark.parametrize(
     "settings, error, message",
     [
@@ -59,11 +49,11 @@ def test_other_models(peer):
         pop_ext.detach(peer)
 
 
-def test_weights_that_are_no_plain_linear(folder):
+def test_weights_that_are_no_plain_linear(tiny_llama):
     class Adapted(torch.nn.Linear):
         pass
 
-    peer = load_peer(folder)
+    peer = load_peer(tiny_llama)
     peer.model.layers[4].self_attn.v_proj.__class__ = Adapted
     with pytest.raises(ValueError, match="v_proj of layer 4 is a Adapted, expected a plain Linear: neither quantised"):
         pop_ext.attach(peer, prefill_depth=2)
@@ -73,8 +63,8 @@ def test_weights_that_are_no_plain_linear(folder):
         pop_ext.attach(peer, prefill_depth=2)
 
 
-def test_attention_without_masks(folder, peer):
-    other = load_peer(folder, "flex_attention")
+def test_attention_without_masks(tiny_llama, peer):
+    other = load_peer(tiny_llama, "flex_attention")
     with pytest.raises(ValueError, match="attn_implementation is flex_attention, expected sdpa or eager"):
         pop_ext.attach(other, prefill_depth=2)
     pop_ext.attach(peer, prefill_depth=2)
@@ -91,8 +81,8 @@ def test_attention_without_masks(folder, peer):
         ({"output_attentions": True}, "output_attentions is True, expected False"),
     ],
 )
-def test_generate(folder, settings, message):
-    peer = pop_ext.attach(load_peer(folder, "eager"), prefill_depth=2)
+def test_generate(tiny_llama, settings, message):
+    peer = pop_ext.attach(load_peer(tiny_llama, "eager"), prefill_depth=2)
     with pytest.raises(ValueError, match=message):
         generate(peer, left_padded(make_prompts(9)), **settings)
 
@@ -135,13 +125,13 @@ def test_calibration_of_another_model(family, tmp_path_factory):
     assert not hasattr(peer, "_pop")
 
 
-def test_lm_eval(folder, tmp_path_factory):
+def test_lm_eval(tiny_llama, tmp_path_factory):
     """`--model hf` with an attached model: a task's answers are the runner's."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval)")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    chat = make_chat_folder(folder, tmp_path_factory)
+    chat = make_chat_folder(tiny_llama, tmp_path_factory)
     peer, tokenizer = load_peer(chat), transformers.AutoTokenizer.from_pretrained(chat)
     tokenizer.pad_token = tokenizer.eos_token = "<|end|>"
     model = HFLM(pretrained=pop_ext.attach(peer, prefill_depth=2), tokenizer=tokenizer, batch_size=2)

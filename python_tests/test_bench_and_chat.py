@@ -17,21 +17,15 @@ import time
 
 import pytest
 import torch
-from helpers import make_chat_folder, make_tokenizer, run_in_terminal
-from typer.testing import CliRunner
+from helpers import make_chat_folder, make_tokenizer, pop, run_in_terminal
 
 import pop_ext
-from pop_ext import cli
 from pop_ext.analysis.speed import measure_speed, processor_name, spread
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_llama, tmp_path_factory):
     return str(make_chat_folder(tiny_llama, tmp_path_factory))
-
-
-def pop(*arguments, stdin: str | None = None):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
 
 
 class Terminal:

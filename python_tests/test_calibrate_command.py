@@ -10,8 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import make_chat_folder
-from test_cli import pop
+from helpers import make_chat_folder, pop
 from windows import random_windows
 
 import pop_ext

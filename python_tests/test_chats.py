@@ -81,7 +81,7 @@ def test_half_of_a_surrogate_pair(model):
 
 def test_messages_without_anything(model):
     for message in ({"role": "user"}, {"content": "x"}):
-        with pytest.raises(TypeError, match="must be a message with 'role' and 'content'"):
+        with pytest.raises(TypeError, match="expected a message with 'role' and 'content'"):
             text(model, [message])
 
 

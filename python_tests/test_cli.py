@@ -9,11 +9,9 @@ import sys
 
 import pytest
 import torch
-from helpers import make_chat_folder
-from typer.testing import CliRunner
+from helpers import make_chat_folder, pop
 
 import pop_ext
-from pop_ext import cli
 from pop_ext.cli.common import with_options
 from pop_ext.runtime import device
 from pop_ext.runtime.prefill_depth import parse_depth
@@ -22,10 +20,6 @@ from pop_ext.runtime.prefill_depth import parse_depth
 @pytest.fixture(scope="module")
 def folder(tiny_llama, tmp_path_factory):
     return str(make_chat_folder(tiny_llama, tmp_path_factory))
-
-
-def pop(*arguments, stdin: bytes | None = None):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
 
 
 FLOAT32 = ("--dtype", "float32")  # no ties between tokens
@@ -120,7 +114,7 @@ def test_sampling(folder):
         ((), "either with --prompt TEXT or with --prompt-file FILE"),
         (("--prompt", "a", "--prompt-file", "b"), "either with --prompt TEXT or with --prompt-file FILE"),
         (("--prompt", ""), "--prompt is empty"),
-        (("--prompt", "a", "--prefill-depth", "many"), "--prefill-depth must be a number of layers"),
+        (("--prompt", "a", "--prefill-depth", "many"), "--prefill-depth is 'many', expected a number of layers"),
         (("--prompt", "a", "--prefill-depth", "7"), "--prefill-depth is 7, expected 1 to 6"),
         (("--prompt", "a", "--prefill-depth", "1.5"), "--prefill-depth is 1.5, expected a share"),
         (("--prompt", "a", "--boundary-tokens", "0"), "--boundary-tokens is 0"),

@@ -8,27 +8,23 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import COMMON, TINY, Tiny, cuda_operations, normwise, real_model, transformers_model
+from helpers import (
+    COMMON,
+    CUDA_SIZES,
+    NEAR_TIE,
+    TINY,
+    Tiny,
+    cuda_operations,
+    normwise,
+    real_model,
+    text_ids,
+    transformers_model,
+)
 from reference_pop import ReferencePOP
-from test_real_models import text_ids
 
 import pop_ext
 import pop_ext.runtime.layers
 from pop_ext import ops
-
-# TINY's families in sizes that CUDA takes: multiples of 8, and heads of 32, 64, 128 or 256.
-SIZES = {
-    "llama": dict(hidden_size=72, intermediate_size=192),
-    "llama_untied_bias": dict(hidden_size=104, intermediate_size=200),
-    "mistral": dict(hidden_size=80, intermediate_size=152, head_dim=64),
-    "qwen2": dict(hidden_size=192, intermediate_size=80),
-    "qwen2_window": dict(intermediate_size=104),
-    "qwen3": dict(hidden_size=72),
-    "gemma3": dict(hidden_size=96, intermediate_size=176),
-    "gemma3_gqa": dict(hidden_size=144, intermediate_size=96),
-}
-# The lead over the second token, relative to the logits' spread, from which on the first must be the same.
-NEAR_TIE = 0.05
 
 
 def align(weights) -> None:
@@ -108,10 +104,10 @@ def compare(monkeypatch, folder, prompts, depth, tokens):
     assert agreed > tokens * len(prompts) // 2, "near ties nearly everywhere"
 
 
-@pytest.mark.parametrize("family", list(SIZES))
+@pytest.mark.parametrize("family", list(CUDA_SIZES))
 def test_tiny_models(monkeypatch, tmp_path, family):
     tiny = TINY[family]
-    folder = Tiny(tiny.config, tiny.sizes | SIZES[family]).make(tmp_path / family, seed=7)
+    folder = Tiny(tiny.config, tiny.sizes | CUDA_SIZES[family]).make(tmp_path / family, seed=7)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, COMMON["vocab_size"], (n,), generator=generator).tolist() for n in (3, 90, 40)]
     for depth in (3, 1.0):

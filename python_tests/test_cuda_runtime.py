@@ -153,7 +153,7 @@ def test_on_sm_86():
 
 @NAMES
 def test_public_functions(monkeypatch, name):
-    monkeypatch.setattr(pop_ext.ops, "_pop", op_cases.ops)
+    monkeypatch.setattr("pop_ext.ops.layers._pop", op_cases.ops)
     op_cases.public_function(name, torch.bfloat16)
 
 
@@ -162,7 +162,7 @@ def test_int32_slots(dtype):
     op_cases.int32_slots(dtype)
 
 
-# Index tensors that POP_CHECK_INDICES=1 looks at: what is wrong, and what is said of it.
+# Index tensors that POP_CHECK_INDICES=1 checks: what is wrong, and what is said of it.
 WRONG_INDICES = [
     (
         "qkv_project",
@@ -195,7 +195,7 @@ def test_wrong_indices(monkeypatch, name, argument, index, value, message):
             getattr(op_cases.ops, name)(**named | {argument: named[argument].int()})
 
 
-def test_indices_are_not_looked_at_during_capture(monkeypatch):
+def test_indices_are_not_checked_during_capture(monkeypatch):
     """The stream must not be waited for."""
     if torch.cuda.is_available():
         pytest.skip("on a GPU, torch.cuda.graph captures: test_capture_on_a_gpu")

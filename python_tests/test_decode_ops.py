@@ -6,13 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import cuda_operations
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from reference_ops import distribution
 
 import pop_ext.ops  # noqa: F401
 
@@ -108,21 +102,6 @@ SAMPLING = [
 
 def settings_of(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0) -> torch.Tensor:
     return torch.tensor([[temperature, top_k, top_p, min_p, repetition_penalty]] * rows, dtype=torch.float32)
-
-
-def distribution(logits, ids, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """The probabilities [V] float64 of one row by transformers' processors."""
-    scores = logits[None].double()
-    for wanted, processor in (
-        (repetition_penalty != 1, lambda: RepetitionPenaltyLogitsProcessor(repetition_penalty)),
-        (temperature != 1, lambda: TemperatureLogitsWarper(temperature)),
-        (top_k > 0, lambda: TopKLogitsWarper(top_k)),
-        (top_p < 1, lambda: TopPLogitsWarper(top_p)),
-        (min_p > 0, lambda: MinPLogitsWarper(min_p)),
-    ):
-        if wanted:
-            scores = processor()(ids[None], scores)
-    return scores[0].softmax(-1)
 
 
 def draw(rows: int, vocabulary: int, seed: int):

@@ -9,9 +9,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import make_chat_folder, normwise, transformers_model
+from helpers import make_chat_folder, normwise, pop, transformers_model
 from reference_pop import ReferencePOP
-from test_cli import pop
 
 import pop_ext
 from pop_ext.analysis import baselines, calibration, evaluation, tasks, text

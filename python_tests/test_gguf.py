@@ -57,12 +57,7 @@ def source(name: str):
     return model
 
 
-def write(model, path, change=lambda fields, tensors: None, parts: int = 1):
-    """A model as GGUF files, as llama.cpp's converter writes them; `change` spoils fields and tensors before."""
-    config = model.config
-    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
-    rope = config.rope_parameters
-    rope = rope.get("full_attention", rope)
+def fields_of(config, arch: str, rope: dict) -> dict:
     fields = {
         "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
@@ -77,8 +72,11 @@ def write(model, path, change=lambda fields, tensors: None, parts: int = 1):
     if rope["rope_type"] == "yarn":
         fields["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
         fields |= {f"rope.scaling.yarn_{key}": rope[key] for key in ("beta_fast", "beta_slow") if key in rope}
-    fields = {f"{arch}.{key}": value for key, value in fields.items()}
-    tensors = {}
+    return {f"{arch}.{key}": value for key, value in fields.items()}
+
+
+def tensors_of(model, arch: str, rope: dict) -> dict:
+    config, tensors = model.config, {}
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), config.num_hidden_layers)
     for key, value in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
@@ -94,6 +92,16 @@ def write(model, path, change=lambda fields, tensors: None, parts: int = 1):
     if rope["rope_type"] == "llama3":
         plain = 1 / rope["rope_theta"] ** (np.arange(0, config.head_dim, 2) / config.head_dim)
         tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
+    return tensors
+
+
+def write(model, path, change=lambda fields, tensors: None, parts: int = 1):
+    """A model as GGUF files, as llama.cpp's converter writes them; `change` spoils fields and tensors before."""
+    config = model.config
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    fields, tensors = fields_of(config, arch, rope), tensors_of(model, arch, rope)
     change(fields, tensors)
     files = [path] if parts == 1 else [
         path.with_name(f"{path.stem}-{i + 1:05d}-of-{parts:05d}.gguf") for i in range(parts)

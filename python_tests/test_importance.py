@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers import TINY, make_chat_folder, tiny_folder
-from test_cli import pop
+from helpers import TINY, make_chat_folder, pop, tiny_folder
 
 import pop_ext
 from pop_ext.analysis import importance

@@ -12,9 +12,8 @@ import pytest
 import reference_ops
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, normwise, real_model, transformers_model
+from helpers import ROOT, normwise, real_model, text_ids, transformers_model
 from op_cases import EPS, Draw, attention_inputs
-from test_real_models import text_ids
 
 import pop_ext
 

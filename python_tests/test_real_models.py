@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, normwise, transformers_model
+from helpers import ROOT, normwise, text_ids, transformers_model
 from pairs import batched_logits
 from reference_pop import ReferencePOP
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 import pop_ext
 
@@ -28,17 +28,6 @@ BOUND = 1e-5
 WORSE = 1.1  # how much further from float32 our bf16 may be than the worse of transformers' own
 # (prompt, continuation): prompts on both sides of block edges and of Gemma's window of 512; 2,089 positions in all
 WINDOWS = [(1, 400), (17, 400), (64, 400), (129, 300), (300, 289), (520, 300)]
-
-
-def text_ids(folder) -> list[int]:
-    path = ROOT.parent / "shared" / "data" / "wikitext2_valid.txt"
-    if path.exists():
-        text = path.read_text()[:40_000]
-    else:
-        from pydoc_data import topics
-
-        text = "\n".join(topics.topics[name] for name in sorted(topics.topics))[:40_000]
-    return AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
 
 
 @pytest.fixture(scope="module")

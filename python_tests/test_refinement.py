@@ -95,5 +95,5 @@ def test_refinement_lowers_kl_and_resumes(tmp_path_factory, tmp_path, monkeypatc
     state.write_bytes(data[: len(data) // 2])
     with pytest.raises(pop_ext.CalibrationError, match="damaged"):
         again("c")
-    with pytest.raises(ValueError, match="windows must be of one length, more than 65"):
+    with pytest.raises(ValueError, match="expected one length, more than 65"):
         refinement.refine(model, twice, random_windows(4, 65), 1)

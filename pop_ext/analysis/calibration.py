@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.calibration import Calibration
+from ..checkpoints.families import ModelSpec
 from ..runtime.finite import NonFiniteError, explained
 from ..runtime.kv_cache import BLOCK_SIZE
 from ..vision.spans import ImageSpan
@@ -109,6 +110,42 @@ def _own(model, layer: int, moments: NormalEquations) -> Tensor:
     return own
 
 
+def _checked_rank(spec: ModelSpec, windows: list[list[int]], depths: list[int], rank: int | None) -> int:
+    """The rank to use; ValueError for arguments of `calibrate` that cannot be used."""
+    for depth in depths:
+        if not 1 <= depth < spec.num_layers:
+            raise ValueError(
+                f"prefill_depth is {depth}, expected 1 to {spec.num_layers - 1}: the full model skips nothing"
+            )
+    rank = min(RANK, spec.hidden_size) if rank is None else rank
+    if not 0 <= rank <= spec.hidden_size:
+        raise ValueError(f"rank is {rank}, expected 0 to the hidden size, {spec.hidden_size}")
+    if len(windows) < 2:
+        raise ValueError(f"the text has {len(windows)} windows, expected at least 2: one is held out")
+    return rank
+
+
+def _add_batch(
+    model, moments: dict[int, NormalEquations], batch: list[list[int]], images: list[list[ImageSpan]], rank: int
+) -> None:
+    """Adds a batch of windows to the sums of every prefill depth."""
+    spec, inputs = model.spec, {}
+    first = max(model.anchor_tokens, rank > 0)  # anchors have true keys and values, and unlike any other token's
+    counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0]
+    counted = counted.to(model.device)
+    for layer, hidden in enumerate(model.hidden_states(batch, images)):
+        if layer == spec.num_layers:
+            break
+        x = normed(hidden, spec.rms_norm_eps)
+        if inputs:
+            targets = _targets(model, layer, x[counted])
+            for depth, depth_x in inputs.items():
+                moments[depth].add_targets(layer, depth_x, targets)
+        if layer in moments:
+            inputs[layer] = torch.cat([x[counted], x[counted - 1]], 1) if rank else x[counted]
+            moments[layer].add_inputs(inputs[layer])
+
+
 @torch.no_grad()
 def calibrate(
     model,
@@ -124,17 +161,7 @@ def calibrate(
     images of windows[i]. rank: features of the token before, by default RANK, or the hidden size if that is less (0:
     none, and projections as large as the layers' own). unfinished: where the pass is kept and goes on from.
     """
-    spec = model.spec
-    for depth in depths:
-        if not 1 <= depth < spec.num_layers:
-            raise ValueError(
-                f"prefill_depth is {depth}, expected 1 to {spec.num_layers - 1}: the full model skips nothing"
-            )
-    rank = min(RANK, spec.hidden_size) if rank is None else rank
-    if not 0 <= rank <= spec.hidden_size:
-        raise ValueError(f"rank is {rank}, expected 0 to the hidden size, {spec.hidden_size}")
-    if len(windows) < 2:
-        raise ValueError(f"the text has {len(windows)} windows, expected at least 2: one is held out")
+    rank = _checked_rank(model.spec, windows, depths, rank)
     pairs = list(zip(windows, visuals if visuals is not None else [[]] * len(windows), strict=True))
     depths = sorted(set(depths))
     fitted, held_out = _pass(model, pairs, depths, rank, unfinished, progress)
@@ -178,28 +205,15 @@ def _pass(
         for _ in range(2)
     )
     tables = [*fitted.values(), *held_out.values()]
-    first = max(model.anchor_tokens, rank > 0)  # anchors have true keys and values, and unlike any other token's
     count = max(1, min(BATCH, model.max_cache_tokens // (max(len(window) for window, _ in pairs) + BLOCK_SIZE)))
     before, done = unfinished.load(tables) if unfinished else 0, 0
     for part, moments in zip(split(pairs), (fitted, held_out), strict=True):
         for start in range(0, len(part), count):
-            (batch, images), inputs = zip(*part[start : start + count], strict=True), {}
+            batch, images = zip(*part[start : start + count], strict=True)
             done += len(batch)
             if done <= before:
                 continue
-            counted = torch.cat([torch.arange(len(window)) >= first for window in batch]).nonzero()[:, 0]
-            counted = counted.to(model.device)
-            for layer, hidden in enumerate(model.hidden_states(list(batch), list(images))):
-                if layer == spec.num_layers:
-                    break
-                x = normed(hidden, spec.rms_norm_eps)
-                if inputs:
-                    targets = _targets(model, layer, x[counted])
-                    for depth, depth_x in inputs.items():
-                        moments[depth].add_targets(layer, depth_x, targets)
-                if layer in depths:
-                    inputs[layer] = torch.cat([x[counted], x[counted - 1]], 1) if rank else x[counted]
-                    moments[layer].add_inputs(inputs[layer])
+            _add_batch(model, moments, list(batch), list(images), rank)
             if unfinished:
                 unfinished.save_now_and_then(tables, done)
             progress(done, len(pairs))

@@ -104,7 +104,10 @@ def evaluate(
     2,000 paired bootstrap resamples of the prompts. Times are of rounds in which every method has its turn.
     """
     if not prompts or len(prompts) != len(continuations) or not all(continuations):
-        raise ValueError("prompts and continuations must be as many, at least one, and none of them empty")
+        raise ValueError(
+            f"prompts has {len(prompts)} and continuations {len(continuations)} entries, expected as many of both, at "
+            "least one, and no empty continuation"
+        )
     check_methods(methods)
     for depth in depths:
         if not 1 <= depth < model.spec.num_layers:

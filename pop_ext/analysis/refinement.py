@@ -168,13 +168,16 @@ def refine(
     goes on from its last check: the file `state` plus ".refining" keeps it, and is gone when all is done.
     Memory: a second copy of the model, Adam's two moments, and two hidden states for each token of the windows.
     """
-    if len({len(window) for window in windows}) != 1 or len(windows[0]) <= BLOCK + model.anchor_tokens:
-        raise ValueError(f"windows must be of one length, more than {BLOCK + model.anchor_tokens} tokens")
+    lengths = sorted({len(window) for window in windows})
+    if len(lengths) != 1 or lengths[0] <= BLOCK + model.anchor_tokens:
+        raise ValueError(
+            f"windows have lengths {lengths}, expected one length, more than {BLOCK + model.anchor_tokens} tokens"
+        )
     if len(windows) < 2:
         raise ValueError(f"the text has {len(windows)} windows, expected at least 2: one is held out")
     if model.vision is not None:
         raise ValueError(
-            f"refinement takes models of text alone, got one with a vision tower ({model.spec.vision_type})"
+            f"the model has a vision tower ({model.spec.vision_type}), expected one of text alone to refine"
         )
     for count, depth in enumerate(calibration.depths):
         path = None if state is None else Path(f"{state}.refining-{depth}")

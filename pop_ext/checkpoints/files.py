@@ -130,7 +130,7 @@ def some_of(names: Iterable[str]) -> str:
 
 
 def one_line(error: Exception | str) -> str:
-    """What another library said of a stranger's data, fit for a terminal."""
+    """Another library's message about untrusted data, fit for a terminal."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in text)
 

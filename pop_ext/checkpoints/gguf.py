@@ -111,79 +111,93 @@ def read_parts(gguf_file: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     return files[0], fields, tensors
 
 
+class _Header:
+    """Walks over a GGUF header. CheckpointError where it needs more bytes than the file has."""
+
+    def __init__(self, path: Path, data, size: int):
+        self.path, self.data, self.size = path, data, size
+        self.offset = 4
+
+    def skip(self, count: int) -> int:
+        self.require(count)
+        self.offset += count
+        return self.offset - count
+
+    def require(self, count: int) -> None:
+        if count > self.size - self.offset:
+            raise CheckpointError(
+                f"{self.path}: cut short: its header needs {count} bytes at {self.offset}, the file has {self.size}"
+            )
+
+    def number(self, code: str) -> int:
+        return struct.unpack_from(f"<{code}", self.data, self.skip(struct.calcsize(code)))[0]
+
+    def string(self) -> bytes:
+        length = self.number("Q")
+        begin = self.skip(length)
+        return self.data[begin : begin + length]
+
+    def skip_value(self, kind: int, depth: int = 0) -> None:
+        if kind in SCALARS:
+            self.skip(SCALARS[kind])
+        elif kind == STRING:
+            self.skip(self.number("Q"))
+        elif kind == ARRAY and depth < 2:
+            item, count = self.number("I"), self.number("Q")
+            if item in SCALARS:
+                self.skip(SCALARS[item] * count)
+            else:
+                self.require(8 * count)  # each takes that at least
+                for _ in range(count):
+                    self.skip_value(item, depth + 1)
+        else:
+            raise CheckpointError(f"{self.path}: has a value of unknown type {kind}")
+
+    def skip_fields(self, count: int) -> int:
+        """Past all fields; returns the alignment of the tensors' data."""
+        alignment = 32
+        for _ in range(count):
+            key, kind = self.string(), self.number("I")
+            if key == b"general.alignment" and kind == 4:
+                alignment = self.number("I") or alignment
+            else:
+                self.skip_value(kind)
+        return alignment
+
+    def tensor(self) -> tuple[int, str]:
+        """Where the next tensor's data end, from the start of all data; and its name."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = one_line(self.string().decode("utf-8", "replace"))
+        elements = 1
+        for _ in range(self.number("I")):
+            elements *= self.number("Q")
+        kind, begin = self.number("I"), self.number("Q")
+        if kind not in set(GGMLQuantizationType):
+            raise CheckpointError(f"{self.path}: {name} has an unknown type, {kind}")
+        block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        return begin + elements // block * width, name
+
+
 def check_whole(path: Path) -> None:
     """CheckpointError unless a file is a GGUF and holds all that its header lists: a download may have been cut short,
     and a hostile count must not be trusted.
     """
     import mmap
 
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
     with path.open("rb") as file:
         start, size = file.read(64), path.stat().st_size
         check_no_pointer(path, start)
         if start[:4] != b"GGUF":
             raise CheckpointError(f"{path}: not a GGUF file")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    offset, alignment = 4, 32
-
-    def skip(count: int) -> int:
-        nonlocal offset
-        if count > size - offset:
-            raise CheckpointError(f"{path}: cut short: its header needs {count} bytes at {offset}, the file has {size}")
-        offset += count
-        return offset - count
-
-    def number(code: str) -> int:
-        return struct.unpack_from(f"<{code}", data, skip(struct.calcsize(code)))[0]
-
-    def value(kind: int, depth: int = 0) -> None:
-        if kind in SCALARS:
-            skip(SCALARS[kind])
-        elif kind == STRING:
-            skip(number("Q"))
-        elif kind == ARRAY and depth < 2:
-            item, count = number("I"), number("Q")
-            if item in SCALARS:
-                skip(SCALARS[item] * count)
-            else:
-                skip(8 * count)  # each takes that at least
-                rewind(8 * count)
-                for _ in range(count):
-                    value(item, depth + 1)
-        else:
-            raise CheckpointError(f"{path}: has a value of unknown type {kind}")
-
-    def rewind(count: int) -> None:
-        nonlocal offset
-        offset -= count
-
-    if (version := number("I")) not in (2, 3):
+        header = _Header(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), size)
+    if (version := header.number("I")) not in (2, 3):
         raise CheckpointError(f"{path}: GGUF version {version}, expected 2 or 3")
-    count, keys = number("Q"), number("Q")
-    for _ in range(keys):
-        length = number("Q")
-        key = data[(begin := skip(length)) : begin + length]
-        kind = number("I")
-        if key == b"general.alignment" and kind == 4:
-            alignment = struct.unpack_from("<I", data, skip(4))[0] or alignment
-        else:
-            value(kind)
-    ends = []
-    for _ in range(count):
-        name = data[(begin := skip(length := number("Q"))) : begin + length]
-        elements = 1
-        for _ in range(number("I")):
-            elements *= number("Q")
-        kind, begin = number("I"), number("Q")
-        if kind not in set(GGMLQuantizationType):
-            raise CheckpointError(f"{path}: {one_line(name.decode('utf-8', 'replace'))} has an unknown type, {kind}")
-        block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        ends.append((begin + elements // block * width, name))
-    data_start = offset + -offset % alignment
-    end, name = max(ends, default=(0, b""))
+    count, fields = header.number("Q"), header.number("Q")
+    alignment = header.skip_fields(fields)
+    end, name = max((header.tensor() for _ in range(count)), default=(0, ""))
+    data_start = header.offset + -header.offset % alignment
     if data_start + end > size:
-        name = one_line(name.decode("utf-8", "replace"))
         raise CheckpointError(f"{path}: cut short: {name} ends at {data_start + end} bytes, the file has {size}")
 
 

@@ -53,7 +53,7 @@ def bench(
             f"{spec.max_position_embeddings}"
         )
     loaded = load_model(model, dtype, max_cache_tokens=longest, device=device)
-    from pop_ext.analysis import speed
+    from ..analysis import speed
 
     machine = speed.processor_name(loaded)
     with progress_bar("measuring") as report:
@@ -61,18 +61,24 @@ def bench(
             loaded, prompt_tokens, depths, decode_tokens=decode_tokens, rounds=rounds, progress=report
         )
     if as_json:
-        rows = [
-            {
-                "prompt_tokens": row.prompt_tokens,
-                "prefill_depth": row.prefill_depth,
-                "prefill_tokens_per_second": row.prefill,
-                "decode_tokens_per_second": row.decode,
-            }
-            for row in results
-        ]
         about = {"machine": machine, "dtype": dtype.value, "layers": layers, "decode_tokens": decode_tokens}
-        print(json.dumps({"model": model, **about, "results": rows}))
-        return
+        print(json.dumps({"model": model, **about, "results": [to_json(row) for row in results]}))
+    else:
+        show(results, f"{Path(model).name}, {dtype.value}, {machine}", layers)
+
+
+def to_json(row) -> dict:
+    return {
+        "prompt_tokens": row.prompt_tokens,
+        "prefill_depth": row.prefill_depth,
+        "prefill_tokens_per_second": row.prefill,
+        "decode_tokens_per_second": row.decode,
+    }
+
+
+def show(results, title: str, layers: int) -> None:
+    from ..analysis import speed
+
     table = Table("prompt", "layers", "prefill, tokens/s", "gain", "decode, tokens/s", box=None)
     for row in results:
         first = next(other for other in results if other.prompt_tokens == row.prompt_tokens)
@@ -81,5 +87,5 @@ def bench(
         rates = ["{:.1f} ± {:.1f}".format(*speed.spread(rates)) for rates in (row.prefill, row.decode)]
         table.add_row(str(row.prompt_tokens), f"{row.prefill_depth} of {layers}", rates[0], gain, rates[1])
     console = output_console()
-    console.print(f"{Path(model).name}, {dtype.value}, {machine}", markup=False)
+    console.print(title, markup=False)
     console.print(table)

@@ -57,7 +57,7 @@ def check_count(name: str, value, least: int) -> None:
 
 def check_integer(name: str, value) -> None:
     if value is not None and not is_integer(value):
-        raise TypeError(f"{name} must be an int, got {type_name(value)}")
+        raise TypeError(f"{name} is of type {type_name(value)}, expected an int")
 
 
 def is_integer(value) -> bool:

@@ -23,7 +23,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_chosen(logits: Tensor, tokens: list[int]) -> None:
-    """`check_logits` for the likeliest tokens: NaN goes before every number there, so no other has to be looked at."""
+    """`check_logits` for the likeliest tokens: NaN goes before every number there, so no other has to be checked."""
     chosen = logits.numpy() if logits.is_cpu else logits
     if not all(isfinite(chosen[row, token]) for row, token in enumerate(tokens)):
         raise NonFiniteError("the logits are not finite")

@@ -157,7 +157,7 @@ class Model(PrefillModel):
         prompts, single = prompt_list(prompts)
         rules = TransformersRules(self, generation_config, generation_kwargs, logits_processor, stopping_criteria)
         if streamer is not None and len(prompts) > 1:
-            raise ValueError(f"streamer: a streamer takes a single prompt, got {len(prompts)} prompts")
+            raise ValueError(f"streamer is given with {len(prompts)} prompts, expected a single prompt")
         if sequences is not None:
             _check_sequences(sequences, len(prompts))
         images = media_lists("images", images, prompts, single)
@@ -251,7 +251,7 @@ class Model(PrefillModel):
 def _check_sequences(sequences, count: int) -> None:
     if not isinstance(sequences, (list, tuple)) or not all(hasattr(sequence, "token_ids") for sequence in sequences):
         raise TypeError(
-            f"sequences must be a list of conversations, `sequences` of an earlier output, got {sequences!r:.100}"
+            f"sequences is {sequences!r:.100}, expected a list of conversations, `sequences` of an earlier output"
         )
     if len(sequences) != count:
         raise ValueError(f"sequences has {len(sequences)} conversations for {count} prompts: expected one per prompt")

@@ -24,7 +24,7 @@ def parse_depth(text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(
-            f"--prefill-depth must be a number of layers (12) or a share of them (0.7), got {text!r}"
+            f"--prefill-depth is {text!r}, expected a number of layers (12) or a share of them (0.7)"
         ) from None
 
 

@@ -15,7 +15,7 @@ def encode_prompt(model, prompt, name: str, history: list[int], images=(), video
     """
     if not isinstance(prompt, (str, list, tuple)):
         raise TypeError(
-            f"{name} must be a string, a list of chat messages or a list of token ids, got {type_name(prompt)}"
+            f"{name} is of type {type_name(prompt)}, expected a string, a list of chat messages or a list of token ids"
         )
     is_text, is_chat = isinstance(prompt, str), bool(prompt) and isinstance(prompt[0], dict)
     if is_chat:
@@ -50,7 +50,7 @@ def encode_prompt(model, prompt, name: str, history: list[int], images=(), video
         token_ids = []
         for i, token in enumerate(prompt):
             if not is_integer(token):
-                raise TypeError(f"{name}[{i}] must be a token id (int), got {type_name(token)}")
+                raise TypeError(f"{name}[{i}] is of type {type_name(token)}, expected a token id (int)")
             token_ids.append(operator.index(cast(Any, token)))
     if not token_ids:
         raise ValueError(f"{name} is empty: a prompt has at least one token")
@@ -116,7 +116,7 @@ def render_chat(tokenizer, messages, name: str, *, continues: bool = False, answ
     """Chat messages as text, up to where the assistant's answer starts; `answered`: the last message is that answer."""
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or not {"content", "tool_calls"} & message.keys():
-            raise TypeError(f"{name}[{i}] must be a message with 'role' and 'content', got {message!r:.100}")
+            raise TypeError(f"{name}[{i}] is {message!r:.100}, expected a message with 'role' and 'content'")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{name} is a list of chat messages, but the tokenizer has no chat template: pass text")
 
@@ -176,8 +176,8 @@ def prompt_list(prompts) -> tuple[list, bool]:
         prompts = rows[0] if single else rows
     if not isinstance(prompts, (list, tuple)):
         raise TypeError(
-            "prompts must be a string, a list of chat messages, a list of token ids, or a list of these, got "
-            + type_name(prompts)
+            f"prompts is of type {type_name(prompts)}, expected a string, a list of chat messages, a list of "
+            "token ids, or a list of these"
         )
     if not prompts:
         raise ValueError("prompts is empty: expected at least one prompt")
@@ -199,7 +199,7 @@ def media_lists(name: str, media, prompts, single: bool) -> list[list]:
     if media is None:
         return [[] for _ in prompts]
     if not isinstance(media, (list, tuple)):
-        raise TypeError(f"{name} must be a list, got {type_name(media)}")
+        raise TypeError(f"{name} is of type {type_name(media)}, expected a list")
     if single:
         return [list(media)]
     if len(media) != len(prompts) or not all(entry is None or isinstance(entry, list | tuple) for entry in media):

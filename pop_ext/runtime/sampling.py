@@ -99,7 +99,7 @@ class TransformersRules(cast(Any, transformers.GenerationMixin)):
         self.config, self.generation_config, self.device = model.config, model.generation_config, model.device
 
         if generation_config is not None and not isinstance(generation_config, transformers.GenerationConfig):
-            raise TypeError(f"generation_config must be a GenerationConfig, got {type_name(generation_config)}")
+            raise TypeError(f"generation_config is of type {type_name(generation_config)}, expected a GenerationConfig")
         for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length"):
             check_integer(name, settings.get(name))
         self.has_default_length = (
@@ -245,5 +245,5 @@ def _argmax(scores: torch.Tensor) -> list[int]:
 
 def _check_list(name: str, value) -> list:
     if value is not None and not (isinstance(value, (list, tuple)) and all(callable(entry) for entry in value)):
-        raise TypeError(f"{name} must be a list of callables, got {type_name(value)}")
+        raise TypeError(f"{name} is of type {type_name(value)}, expected a list of callables")
     return list(value) if value is not None else []

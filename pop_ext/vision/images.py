@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger(__name__)
-MAX_PIXELS = 2**26  # of an image file, looked at before anything is decoded
+MAX_PIXELS = 2**26  # of an image file, checked before anything is decoded
 MAX_FRAMES = 4096  # of a video
 MAX_VIDEO_PIXELS = 2**28  # of all its frames, which are in memory together
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that starts another program, as EPS does

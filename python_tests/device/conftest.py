@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import cuda_operations
+from helpers import CUDA_SIZES, cuda_operations
 from on_device import DEVICE, VISION_SIZES, device_folder, vision_device_folder
-from test_cuda_model import SIZES
 
 from pop_ext.runtime import decoding
 
@@ -34,7 +33,7 @@ def log(double):
     return double.log
 
 
-@pytest.fixture(params=list(SIZES))
+@pytest.fixture(params=list(CUDA_SIZES))
 def folder(request, tmp_path_factory):
     return device_folder(request.param, tmp_path_factory)
 

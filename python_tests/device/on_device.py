@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import COMMON, TINY, Tiny
-from test_cuda_model import NEAR_TIE, SIZES
+from helpers import COMMON, CUDA_SIZES, NEAR_TIE, TINY, Tiny
 from vision_models import TINY_VISION
 
 import pop_ext
@@ -41,7 +40,7 @@ def device_folder(family: str, tmp_path_factory):
     if family not in _folders:
         tiny = TINY[family]
         folder = tmp_path_factory.mktemp("device") / family
-        _folders[family] = Tiny(tiny.config, tiny.sizes | SIZES[family]).make(folder, seed=7)
+        _folders[family] = Tiny(tiny.config, tiny.sizes | CUDA_SIZES[family]).make(folder, seed=7)
     return _folders[family]
 
 

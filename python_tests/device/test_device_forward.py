@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import normwise, real_model
+from helpers import normwise, real_model, text_ids
 from on_device import (
     CACHE,
     DEVICE,
@@ -14,7 +14,6 @@ from on_device import (
     load_both,
     on_the_double,
 )
-from test_real_models import text_ids
 
 import pop_ext
 from pop_ext import transfer

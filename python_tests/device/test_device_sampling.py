@@ -11,7 +11,7 @@ from on_device import (
     generate,
     load_both,
 )
-from test_decode_ops import distribution
+from reference_ops import distribution
 
 import pop_ext
 

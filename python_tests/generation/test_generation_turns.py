@@ -36,7 +36,7 @@ def test_streamer_protocol_is_transformers(model, peer):
     expected(peer, PROMPTS[0], max_new_tokens=6, streamer=theirs)
     assert [value.tolist() for value in ours.values] == [value.tolist() for value in theirs.values]
     assert ours.ended == theirs.ended == 1
-    with pytest.raises(ValueError, match="streamer takes a single prompt, got 3 prompts"):
+    with pytest.raises(ValueError, match="streamer is given with 3 prompts, expected a single prompt"):
         model.generate(PROMPTS, max_new_tokens=6, streamer=ours)
 
 

@@ -6,19 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from helpers import pop
 from vision_models import picture
 from vision_pairs import SIZES, frames_of
 
-from pop_ext import cli
 from pop_ext.analysis.importance import truncation_kl
 from pop_ext.analysis.refinement import refine
 from pop_ext.analysis.samples import load_samples
 from pop_ext.vision.encoder import transformers_inputs
-
-
-def pop(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 def test_command(pair, tmp_path):
@@ -119,7 +114,7 @@ def test_refinement_is_refused(pair, samples, tmp_path):
     options = ("--prefill-depth", 2, "--refine", 3, "--output", tmp_path / "out.safetensors")
     for source, message in [
         (("--samples", samples), "expected it without --samples"),
-        (("--text", tmp_path / "text.txt"), "takes models of text alone"),
+        (("--text", tmp_path / "text.txt"), "has a vision tower"),
     ]:
         result = pop("calibrate", pair.folder, *source, *options)
         assert result.exit_code == 1 and message in result.stderr

@@ -148,8 +148,8 @@ def static_facts(ptx: str, kernel: str, sm: int = 80) -> StaticFacts:
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+)?\s*([A-Z][\w.]*)([^;]*);")
 
 
-def _analyse(listing: str, kernel: str) -> tuple[dict[str, int], list[SassLoop]]:
-    """Opcodes and natural loops of a kernel in nvdisasm's listing."""
+def _instructions(listing: str, kernel: str) -> tuple[list[tuple], dict[str, int]]:
+    """A kernel's (address, guard, opcode, operands, line of PTX) in nvdisasm's listing, and its labels."""
     rows, labels, line, inside = [], {}, 0, False
     for text in listing.splitlines():
         if section := re.match(r"\s*\.section\s+\.text\.([^,\s]+)", text):
@@ -168,7 +168,11 @@ def _analyse(listing: str, kernel: str) -> tuple[dict[str, int], list[SassLoop]]
         rows.pop()
     if len(rows) > 1 and rows[-1][2] == "BRA" and labels.get(_target(rows[-1][3])) == len(rows) - 1:
         rows.pop()
+    return rows, labels
 
+
+def _successors(rows: list[tuple], labels: dict[str, int]) -> list[list[int]]:
+    """The instructions that each may be followed by."""
     count = len(rows)
     after: list[list[int]] = [[] for _ in rows]
     for at, (_, guard, opcode, rest, _) in enumerate(rows):
@@ -178,6 +182,13 @@ def _analyse(listing: str, kernel: str) -> tuple[dict[str, int], list[SassLoop]]
         conditional = guard or (opcode == "BRA" and re.match(r"\s*!?U?P\d", rest))
         if conditional or not (jumps or opcode in ("EXIT", "RET")):
             after[at] += [at + 1] if at + 1 < count else []
+    return after
+
+
+def _analyse(listing: str, kernel: str) -> tuple[dict[str, int], list[SassLoop]]:
+    """Opcodes and natural loops of a kernel in nvdisasm's listing."""
+    rows, labels = _instructions(listing, kernel)
+    after = _successors(rows, labels)
     before: list[list[int]] = [[] for _ in rows]
     for at, targets in enumerate(after):
         for target in targets:
@@ -214,7 +225,7 @@ def _analyse(listing: str, kernel: str) -> tuple[dict[str, int], list[SassLoop]]
         )
         for header, body in sorted(bodies.items())
     ]
-    return opcodes(range(count)), loops
+    return opcodes(range(len(rows))), loops
 
 
 def _target(operands: str) -> str:

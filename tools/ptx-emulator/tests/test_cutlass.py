@@ -42,7 +42,7 @@ KERNELS = {
     "stream_k": (STREAM_K, [(512, 512, 1024), (384, 640, 512)]),
 }
 
-# Of sm_90a only the PTX: its machine code takes nvcc a minute, and is not looked at.
+# Of sm_90a only the PTX: its machine code takes nvcc a minute, and is not tested.
 TARGETS = {"sm_80": ["-arch=sm_80"], "sm_90a": ["-gencode=arch=compute_90a,code=compute_90a"]}
 # For sm_90a, without clusters: TMA and wgmma, a producer warp and warpgroups that take turns or go together.
 COOPERATIVE = {"TILE": "128,128,64", "SCHEDULE": "Cooperative", "EPILOGUE": "Cooperative"}

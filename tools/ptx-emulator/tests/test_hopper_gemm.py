@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from test_tensor import bf16
+from tensor_values import bf16
 
 import ptx_emulator
 
