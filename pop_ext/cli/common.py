@@ -215,6 +215,9 @@ CHATS = (
     "model. They go through the model's chat template: a chat model knows its marks, and prompts without them are "
     "other prompts. May be given several times."
 )
+DEEP_TOKENS = (
+    "Share of the prompt's truncated tokens that run through all layers after all (0 to 1): the most attended to."
+)
 FILE: Any = {"exists": True, "dir_okay": False, "readable": True}
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")]
 Text = Annotated[
@@ -227,6 +230,7 @@ Depths = Annotated[
 ]
 Boundary = Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")]
 Anchor = Annotated[int, typer.Option(help="First tokens that run through all layers.")]
+DeepTokens = Annotated[float, typer.Option(min=0, max=1, help=DEEP_TOKENS)]
 Prompts = Annotated[int, typer.Option(min=1, help="Prompts, evenly spread over the data.")]
 Continuation = Annotated[int, typer.Option(min=1, help="Tokens after each prompt; of chats at most.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the data to calibrate on at most.")]
