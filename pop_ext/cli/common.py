@@ -68,8 +68,8 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-def one_line_errors():
-    """A command's decorator: what goes wrong is one line on stderr and exit status 1, and POP_TRACEBACK=1 shows where
+def one_line_errors(status: int = 1):
+    """A command's decorator: what goes wrong is one line on stderr and an exit status, and POP_TRACEBACK=1 shows where
     it happened; warnings are a line, too. Messages have options as they are typed.
     """
 
@@ -78,7 +78,7 @@ def one_line_errors():
 
         @functools.wraps(command)
         def run(*arguments, **options):
-            with warnings.catch_warnings(), _errors_in_lines(names):
+            with warnings.catch_warnings(), _errors_in_lines(names, status):
                 return command(*arguments, **options)
 
         return run
@@ -87,7 +87,7 @@ def one_line_errors():
 
 
 @contextmanager
-def _errors_in_lines(names: list[str]):
+def _errors_in_lines(names: list[str], status: int):
     def show_warning(message, category, *_, **__) -> None:
         if issubclass(category, UserWarning):
             stderr.print(f"pop: {with_options(one_line(message), names)}", markup=False)
@@ -104,7 +104,7 @@ def _errors_in_lines(names: list[str]):
             raise
         kind = "" if isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) else f"{type(error).__name__}: "
         stderr.print(f"pop: {kind}{with_options(one_line(error), names)}", markup=False)
-        raise typer.Exit(1) from None
+        raise typer.Exit(status) from None
 
 
 def one_line(message: object) -> str:
