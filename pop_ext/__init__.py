@@ -30,11 +30,13 @@ _PUBLIC = {
     "set_cpu_isa": "ops",
     "suggest_depth": "analysis.workflows",
     "tune": "analysis.workflows",
+    "verify": "analysis.verification",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from .analysis.verification import verify
     from .analysis.workflows import calibrate, evaluate, measure_importance, suggest_depth, tune
     from .checkpoints.calibration import Calibration, CalibrationError
     from .checkpoints.files import CheckpointError

@@ -41,15 +41,15 @@ class Pair:
         ids = torch.tensor([prompt + continuation[:-1]])
         return self.peer(ids).logits[0, len(prompt) - 1 :]
 
-    def reference(self, depth, boundary=1, anchors=1) -> ReferencePOP:
-        return ReferencePOP(self.peer, depth, boundary, anchors)
+    def reference(self, depth, boundary=1, anchors=1, share=0.0) -> ReferencePOP:
+        return ReferencePOP(self.peer, depth, boundary, anchors, share)
 
-    def reference_logits(self, prompts, continuations, depth, boundary=1, anchors=1):
+    def reference_logits(self, prompts, continuations, depth, boundary=1, anchors=1, share=0.0):
         results = []
         for prompt, continuation in zip(prompts, continuations, strict=True):
-            key = (tuple(prompt), tuple(continuation), depth, boundary, anchors)
+            key = (tuple(prompt), tuple(continuation), depth, boundary, anchors, share)
             if key not in self._references:
-                self._references[key] = self.reference(depth, boundary, anchors).logits(prompt, continuation)
+                self._references[key] = self.reference(depth, boundary, anchors, share).logits(prompt, continuation)
             results.append(self._references[key])
         return results
 
@@ -69,7 +69,7 @@ def restore(model) -> None:
     """The settings a test may have changed, as they are after loading."""
     fresh = restore.defaults.setdefault(id(model), (model.chunk_tokens,))
     (model.chunk_tokens,) = fresh
-    model.boundary_tokens, model.anchor_tokens = 1, 1
+    model.boundary_tokens, model.anchor_tokens, model.deep_tokens = 1, 1, 0.0
 
 
 restore.defaults = {}
@@ -102,11 +102,11 @@ def assert_logits(ours: list[torch.Tensor], expected: list[torch.Tensor], bound:
 class Conversation:
     """Several sequences, ours and the references', driven alike."""
 
-    def __init__(self, pair, count, depth, boundary=1, anchors=1):
+    def __init__(self, pair, count, depth, boundary=1, anchors=1, share=0.0):
         self.model, self.depth = pair.model, depth
-        self.model.boundary_tokens, self.model.anchor_tokens = boundary, anchors
+        self.model.boundary_tokens, self.model.anchor_tokens, self.model.deep_tokens = boundary, anchors, share
         self.sequences = [self.model.new_sequence() for _ in range(count)]
-        self.references = [pair.reference(depth, boundary, anchors) for _ in range(count)]
+        self.references = [pair.reference(depth, boundary, anchors, share) for _ in range(count)]
         self.ids: list[list[int]] = [[] for _ in range(count)]
 
     def prompt(self, prompts, depth=None):

@@ -22,9 +22,9 @@ from torch import Tensor
 class ReferencePOP:
     """One conversation. `model` is a transformers causal LM of any floating dtype."""
 
-    def __init__(self, model, prefill_depth: int, boundary: int = 1, anchors: int = 1):
+    def __init__(self, model, prefill_depth: int, boundary: int = 1, anchors: int = 1, share: float = 0.0):
         self.model, self.config, self.layers = model, model.config, model.model.layers
-        self.prefill_depth, self.boundary, self.anchors = prefill_depth, boundary, anchors
+        self.prefill_depth, self.boundary, self.anchors, self.share = prefill_depth, boundary, anchors, share
         self.keys: list[Tensor | None] = [None] * len(self.layers)  # each [1, Hkv, tokens so far, E], after RoPE
         self.values: list[Tensor | None] = [None] * len(self.layers)
         self.length = 0
@@ -34,6 +34,9 @@ class ReferencePOP:
         self.prefill_depth = self.prefill_depth if depth is None else depth
         anchor = min(max(self.anchors - self.length, 0), len(token_ids))
         boundary = max(len(token_ids) - self.boundary, anchor)  # first token of the boundary; an anchor is full already
+        count = int(self.share * (boundary - anchor) + 0.5)
+        if count and self.prefill_depth < len(self.layers):
+            return self._prompt_with_deep_tokens(token_ids, anchor, boundary, count)
         self._run(token_ids[:anchor], full=True)
         self._run(token_ids[anchor:boundary], full=False)
         logits = self._run(token_ids[boundary:], full=True)
@@ -68,6 +71,45 @@ class ReferencePOP:
         if full:
             self._last = self.model.lm_head(self.model.model.norm(hidden))[0]
         return self._last if full else torch.empty(0, self.config.vocab_size)
+
+    @torch.no_grad()
+    def _prompt_with_deep_tokens(self, token_ids: list[int], anchor: int, boundary: int, count: int) -> Tensor:
+        """A turn of which `count` tokens of [anchor, boundary) are deep: those that its last 16 tokens attend to most.
+        Layer by layer, every token's K and V from its own hidden state, which from layer P on only deep tokens change.
+        """
+        size, shallow = len(token_ids), torch.zeros(len(token_ids), dtype=torch.bool)
+        shallow[anchor:boundary] = True
+        positions = torch.arange(self.length, self.length + size)[None]
+        hidden = self.model.model.embed_tokens(torch.tensor([token_ids]))
+        paid = []  # by layer, [tokens of the turn]: of the head that pays most, the mean over queries
+        for index, layer in enumerate(self.layers):
+            rope, mask = self._rope(hidden, positions, index), self._mask(positions, index, hidden.dtype)
+            if index == self.prefill_depth:
+                scores = torch.stack(paid[-8:]).mean(0)[anchor:boundary]
+                padded = torch.cat([torch.zeros(3), scores, torch.zeros(3)])
+                near = torch.tensor([1, 2, 3, 4, 3, 2, 1])
+                pooled = [float((padded[i : i + 7] * near).sum()) for i in range(len(scores))]
+                chosen = sorted(range(len(pooled)), key=lambda i: -pooled[i])[:count]
+                shallow[[anchor + i for i in chosen]] = False
+            output = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=self)
+            if index < self.prefill_depth:
+                weights = self._weights(hidden, layer, rope, mask, index)[0, :, -16:, -size:]
+                paid.append(weights.mean(1).max(0).values)
+            hidden = torch.where(shallow[None, :, None], hidden, output) if index >= self.prefill_depth else output
+        self.length += size
+        self._last = self.model.lm_head(self.model.model.norm(hidden))[0]
+        return self._last[-1]
+
+    def _weights(self, hidden: Tensor, layer, rope, mask: Tensor, index: int) -> Tensor:
+        """The attention weights [1, Hq, tokens, keys] of a layer that has run on `hidden`."""
+        attention = layer.self_attn
+        query = attention.q_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, "q_norm"):
+            query = attention.q_norm(query)
+        apply_rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        query = apply_rotary(query, query, *rope, unsqueeze_dim=2)[0].transpose(1, 2)
+        keys = self.keys[index].repeat_interleave(query.shape[1] // self.keys[index].shape[1], 1)
+        return (query @ keys.transpose(2, 3) * attention.scaling + mask).softmax(-1)
 
     def _project(self, hidden: Tensor, layer, rope, index: int) -> None:
         """The K/V-only step of a skipped layer."""

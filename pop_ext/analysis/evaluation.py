@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,12 +56,20 @@ class Fidelity:
     exact_answers: float  # share of prompts after which every token of the continuation is the likeliest
     # of the difference in KL to the lowest at this depth, bootstrapped over the same prompts; (0, 0) for that itself
     excess_interval: tuple[float, float] = (0.0, 0.0)
+    deep_tokens: float = 0.0  # share of the truncated tokens that ran through all layers
 
 
 def variants(
-    model: Model, depths: list[int], methods: list[str] | tuple[str, ...], prompts: list[list[int]], visuals
+    model: Model,
+    depths: list[int],
+    methods: list[str] | tuple[str, ...],
+    prompts: list[list[int]],
+    visuals,
+    deep_tokens: Sequence[float] = (0.0,),
 ) -> list[tuple]:
-    """(method, depth, model, prefill depth to run it at) of every comparison that makes sense; the first is `full`."""
+    """(method, depth, model, prefill depth to run it at) of every comparison that makes sense, POP's with each share of
+    deep tokens; the first is `full`.
+    """
     layers = model.spec.num_layers
     own = copy.copy(model)
     own.calibration = None
@@ -71,9 +80,9 @@ def variants(
         skipped = layers - depth
         for method in methods:
             if method == "pop_uncalibrated":
-                found.append((method, depth, own, depth))
+                found += [(method, depth, with_deep_tokens(own, share), depth) for share in deep_tokens]
             elif method == "pop_calibrated" and model.calibration is not None and depth in model.calibration.depths:
-                found.append((method, depth, model, depth))
+                found += [(method, depth, with_deep_tokens(model, share), depth) for share in deep_tokens]
             elif method == "last_layers_removed":
                 found.append((method, depth, without_layers(own, range(depth, layers)), depth))
             elif method == "shortgpt":
@@ -86,6 +95,14 @@ def variants(
     return found
 
 
+def with_deep_tokens(model: Model, share: float) -> Model:
+    """The model with another share of deep tokens."""
+    variant = copy.copy(model)
+    variant.deep_tokens = share
+    variant.check_settings()
+    return variant
+
+
 @torch.no_grad()
 def evaluate(
     model: Model,
@@ -95,10 +112,12 @@ def evaluate(
     methods: list[str] | tuple[str, ...] = METHODS,
     *,
     visuals: list[list[ImageSpan]] | None = None,
+    deep_tokens: Sequence[float] = (0.0,),
     seed: int = 0,
     progress=lambda done, total: None,
 ) -> list[Fidelity]:
     """Compares methods at prefill depths on the same prompts, visuals[i] the images of prompts[i], and continuations.
+    POP's have a row for each share in `deep_tokens`.
 
     `pop_calibrated` needs a calibration in the model; `full` is always the first row. Intervals are percentiles of
     2,000 paired bootstrap resamples of the prompts. Times are of rounds in which every method has its turn.
@@ -116,7 +135,7 @@ def evaluate(
                 "compared with"
             )
     visuals = visuals if visuals is not None else [[]] * len(prompts)
-    runs = variants(model, depths, methods, prompts, visuals)
+    runs = variants(model, depths, methods, prompts, visuals, deep_tokens)
     total = len(prompts) + ROUNDS + 1
     scores = np.zeros((len(prompts), len(runs), 5))
     for i, sample in enumerate(zip(prompts, continuations, visuals, strict=True)):
@@ -173,7 +192,7 @@ def summarise(runs: list[tuple], scores: np.ndarray, seconds: np.ndarray, seed: 
     """A row for each run, from `score` of every prompt, [prompts, runs, 5], and `time_rounds`, [rounds, runs]."""
     resamples = np.random.default_rng(seed).integers(len(scores), size=(RESAMPLES, len(scores)))
     kls, results = scores[:, :, 1], []
-    for run, (method, depth, _, _) in enumerate(runs):
+    for run, (method, depth, variant, _) in enumerate(runs):
         first, kl, nll, agreement, exact = scores[:, run].mean(0).tolist()
         # The nearest rival: the truncating method of lowest KL at this depth.
         rivals = [other for other in range(1, len(runs)) if runs[other][1] == depth]
@@ -195,6 +214,7 @@ def summarise(runs: list[tuple], scores: np.ndarray, seconds: np.ndarray, seed: 
                 speedup_quartiles=(low, high),
                 exact_answers=exact,
                 excess_interval=interval(kls[:, run] - kls[:, best], resamples),
+                deep_tokens=float(variant.deep_tokens) if method.startswith("pop_") else 0.0,
             )
         )
     return results

@@ -155,6 +155,7 @@ def evaluate(
     prompt_tokens: int = 384,
     continuation_tokens: int = 64,
     methods: Sequence[str] = DEFAULT_METHODS,
+    deep_tokens: Sequence[float] | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> list[Fidelity]:
@@ -162,7 +163,8 @@ def evaluate(
 
     texts, chats: the data, as in `tune`; text is cut into `prompts` windows of prompt_tokens + continuation_tokens, of
     chats as many are taken as they are. depths: by default those of the model's calibration, or two thirds of the
-    layers. The first row is the full model, then a row for each method and depth. ValueError for text that is too short
+    layers. deep_tokens: shares as `load` has one, by default the model's. The first row is the full model, then a row
+    for each method, depth and share. ValueError for text that is too short
     or an unknown method.
     """
     evaluation.check_methods(methods)
@@ -171,16 +173,24 @@ def evaluate(
     resolved = sorted({model.resolve_prefill_depth(depth) for depth in depths})
     pairs = Data.of(texts, chats).pairs(model, prompts, prompt_tokens, continuation_tokens)
     pairs.encode_images(model, progress)
-    return evaluate_on(model, pairs, resolved, methods, seed=seed, progress=progress)
+    shares = (model.deep_tokens,) if deep_tokens is None else deep_tokens
+    return evaluate_on(model, pairs, resolved, methods, deep_tokens=shares, seed=seed, progress=progress)
 
 
 def evaluate_on(
-    model: Model, pairs: Pairs, depths: list[int], methods: Sequence[str], *, seed: int = 0, progress=no_progress
+    model: Model,
+    pairs: Pairs,
+    depths: list[int],
+    methods: Sequence[str],
+    *,
+    deep_tokens: Sequence[float] = (0.0,),
+    seed: int = 0,
+    progress=no_progress,
 ) -> list[Fidelity]:
     """`evaluate` on tokens."""
     return evaluation.evaluate(
-        model, pairs.prompts, pairs.continuations, depths, list(methods), visuals=pairs.visuals, seed=seed,
-        progress=progress,
+        model, pairs.prompts, pairs.continuations, depths, list(methods), visuals=pairs.visuals,
+        deep_tokens=deep_tokens, seed=seed, progress=progress,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from . import (  # noqa: F401  registers the commands
     importance,
     info,
     tune,
+    verify,
 )
 from .common import app
 

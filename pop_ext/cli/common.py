@@ -68,8 +68,8 @@ class DeviceName(str, Enum):
     cuda = "cuda"
 
 
-def one_line_errors():
-    """A command's decorator: what goes wrong is one line on stderr and exit status 1, and POP_TRACEBACK=1 shows where
+def one_line_errors(status: int = 1):
+    """A command's decorator: what goes wrong is one line on stderr and an exit status, and POP_TRACEBACK=1 shows where
     it happened; warnings are a line, too. Messages have options as they are typed.
     """
 
@@ -78,7 +78,7 @@ def one_line_errors():
 
         @functools.wraps(command)
         def run(*arguments, **options):
-            with warnings.catch_warnings(), _errors_in_lines(names):
+            with warnings.catch_warnings(), _errors_in_lines(names, status):
                 return command(*arguments, **options)
 
         return run
@@ -87,7 +87,7 @@ def one_line_errors():
 
 
 @contextmanager
-def _errors_in_lines(names: list[str]):
+def _errors_in_lines(names: list[str], status: int):
     def show_warning(message, category, *_, **__) -> None:
         if issubclass(category, UserWarning):
             stderr.print(f"pop: {with_options(one_line(message), names)}", markup=False)
@@ -104,7 +104,7 @@ def _errors_in_lines(names: list[str]):
             raise
         kind = "" if isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) else f"{type(error).__name__}: "
         stderr.print(f"pop: {kind}{with_options(one_line(error), names)}", markup=False)
-        raise typer.Exit(1) from None
+        raise typer.Exit(status) from None
 
 
 def one_line(message: object) -> str:
@@ -215,6 +215,9 @@ CHATS = (
     "model. They go through the model's chat template: a chat model knows its marks, and prompts without them are "
     "other prompts. May be given several times."
 )
+DEEP_TOKENS = (
+    "Share of the prompt's truncated tokens that run through all layers after all (0 to 1): the most attended to."
+)
 FILE: Any = {"exists": True, "dir_okay": False, "readable": True}
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")]
 Text = Annotated[
@@ -227,6 +230,7 @@ Depths = Annotated[
 ]
 Boundary = Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")]
 Anchor = Annotated[int, typer.Option(help="First tokens that run through all layers.")]
+DeepTokens = Annotated[float, typer.Option(min=0, max=1, help=DEEP_TOKENS)]
 Prompts = Annotated[int, typer.Option(min=1, help="Prompts, evenly spread over the data.")]
 Continuation = Annotated[int, typer.Option(min=1, help="Tokens after each prompt; of chats at most.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the data to calibrate on at most.")]

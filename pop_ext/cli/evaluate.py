@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import (
+    DEEP_TOKENS,
     Anchor,
     Boundary,
     Calibration,
@@ -80,6 +81,9 @@ def evaluate(
     ] = False,
     boundary_tokens: Boundary = 1,
     anchor_tokens: Anchor = 1,
+    deep_tokens: Annotated[
+        list[float], typer.Option(min=0, max=1, help=f"{DEEP_TOKENS} May be given several times.")
+    ] = [0.0],  # noqa: B006
     seed: Seed = 0,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
     device: Device = DeviceName.auto,
@@ -111,7 +115,9 @@ def evaluate(
         length = pairs.prompt_tokens
         title = f"{Path(model).name}, {f'{synthetic_task.value}, ' if synthetic_task else ''}{length} prompt tokens"
         with progress_bar(f"evaluating, {length} prompt tokens") as report:
-            results = workflows.evaluate_on(loaded, pairs, depths, methods, seed=seed, progress=report)
+            results = workflows.evaluate_on(
+                loaded, pairs, depths, methods, deep_tokens=deep_tokens, seed=seed, progress=report
+            )
         rows += [{**row, "prompt_tokens": length} for row in evaluation.to_json(results)]
         if not as_json:
             show(results, f"{title}, {len(pairs)} prompts", bool(synthetic_task))

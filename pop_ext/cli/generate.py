@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..runtime.prefill_depth import parse_depth
-from .common import Calibration, Device, DeviceName, DType, app, load_model, one_line_errors, stderr
+from .common import Calibration, DeepTokens, Device, DeviceName, DType, app, load_model, one_line_errors, stderr
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -43,10 +43,11 @@ def sampling_settings(temperature: float | None, top_p: float | None, top_k: int
 
 def describe_times(times, prompt_tokens: int) -> str:
     vision = f"vision tower {times.vision:.3f}, " if times.vision else ""
+    selection = f"selection {times.selection:.3f}, " if times.selection else ""
     line = (
         f"{prompt_tokens} prompt tokens, first token after {times.time_to_first_token:.3f} s "
         f"({vision}truncated prefill {times.truncated_prefill:.3f}, projection {times.projection:.3f}, "
-        f"boundary {times.boundary:.3f})"
+        f"{selection}boundary {times.boundary:.3f})"
     )
     rate = times.decode_tokens_per_second
     return line if rate is None else f"{line}; {times.decode_tokens} tokens decoded at {rate:.1f} a second"
@@ -76,6 +77,7 @@ def generate(
     ] = None,
     boundary_tokens: Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")] = 1,
     anchor_tokens: Annotated[int, typer.Option(help="First tokens that run through all layers.")] = 1,
+    deep_tokens: DeepTokens = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
     top_p: Annotated[
@@ -109,7 +111,7 @@ def generate(
 
     loaded = load_model(
         model, dtype, prefill_depth=depth, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens,
-        max_cache_tokens=max_cache_tokens, calibration=calibration, device=device,
+        max_cache_tokens=max_cache_tokens, calibration=calibration, device=device, deep_tokens=deep_tokens,
     )  # fmt: skip
     import transformers
 
@@ -136,6 +138,7 @@ def to_json(loaded, output) -> dict:
         "tokens": output.tokens[0],
         "prompt_tokens": output.prompt_tokens[0],
         "prefill_depth": loaded.resolve_prefill_depth(),
+        "deep_tokens": loaded.deep_tokens,
         "times": times,
     }
 
@@ -146,4 +149,5 @@ def describe_depth(loaded) -> str:
     if depth == layers:
         return f"prefill depth {depth} of {layers}"
     calibrated = loaded.calibration is not None and depth < layers - 1
-    return f"prefill depth {depth} of {layers}, {'calibrated' if calibrated else 'own'} projections"
+    deep = f", {loaded.deep_tokens:.0%} deep tokens" if loaded.deep_tokens else ""
+    return f"prefill depth {depth} of {layers}, {'calibrated' if calibrated else 'own'} projections{deep}"

@@ -56,8 +56,9 @@ def print_evaluation(rows: list[Fidelity], title: str, exact: bool = False) -> N
         low, high = row.excess_interval
         # a difference that its interval does not separate from nothing is none
         excess = f"{low:.3f} to {high:.3f}" if low > 0 else "best" if high == 0 else "no"
+        deep = f", {row.deep_tokens:.0%} deep" if row.deep_tokens else ""
         table.add_row(
-            f"{row.prefill_depth}, {NAMES[row.method]}",
+            f"{row.prefill_depth}, {NAMES[row.method]}{deep}",
             kl_text(row),
             *(["" if row.method == "full" else excess] if baselines else []),
             top1_text(row),

@@ -55,6 +55,11 @@ def check_count(name: str, value, least: int) -> None:
         raise ValueError(f"{name} is {value!r}, expected an int of {least} or more")
 
 
+def check_share(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}, expected a share in [0, 1]")
+
+
 def check_integer(name: str, value) -> None:
     if value is not None and not is_integer(value):
         raise TypeError(f"{name} is of type {type_name(value)}, expected an int")

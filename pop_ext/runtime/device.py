@@ -132,12 +132,13 @@ def synchronize(device: torch.device) -> None:
 
 
 class StageTimes:
-    """Seconds of prefill's three stages; `boundary` includes anchors and the vocabulary projection.
+    """Seconds of prefill's three stages, and of the choice of deep tokens; `boundary` includes anchors, the tokens that
+    were chosen, and the vocabulary projection.
 
     On a GPU they are the device's, from events; reading them waits for it.
     """
 
-    STAGES = ("truncated_prefill", "projection", "boundary")
+    STAGES = ("truncated_prefill", "projection", "selection", "boundary")
 
     def __init__(self, device: torch.device | str = "cpu"):
         self._device = torch.device(device)
@@ -180,6 +181,10 @@ class StageTimes:
     @property
     def projection(self) -> float:
         return self._of("projection")
+
+    @property
+    def selection(self) -> float:
+        return self._of("selection")
 
     @property
     def boundary(self) -> float:

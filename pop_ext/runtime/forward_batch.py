@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kv_cache import BLOCK_SIZE, Sequence
 from .rope import RotaryEmbedding
+from .selection import Selection
 
 
 @dataclass
@@ -23,9 +25,11 @@ class SequenceChunk:
     shallow_start: int
     shallow_end: int
     logits_start: int  # logits are wanted from this position on
+    selection: Selection | None = None  # of a turn that chooses deep tokens at its end, its boundary among them
 
     def deep_runs(self) -> list[tuple[int, int]]:
-        low, high = (min(max(p, self.start), self.end) for p in (self.shallow_start, self.shallow_end))
+        last = self.shallow_end if self.selection is None else self.end
+        low, high = (min(max(p, self.start), self.end) for p in (self.shallow_start, last))
         runs = [(self.start, low), (high, self.end)] if low < high else [(self.start, self.end)]
         return [(start, end) for start, end in runs if start < end]
 
@@ -43,15 +47,18 @@ class ForwardBatch:
 
     def __init__(self, runs: list[tuple[Sequence, int, int]], multimodal_rope: bool, bidirectional_images: bool):
         """runs: sequence, first and last + 1 index of tokens that follow one another."""
-        tables = [sequence.blocks[: -(-end // BLOCK_SIZE)] for sequence, _, end in runs]
-        width = max(map(len, tables))
-        self.block_tables = torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32)
-        self.cu_seqlens_q = torch.tensor([0, *accumulate(end - start for _, start, end in runs)], dtype=torch.int32)
-        self.seqlens_k = torch.tensor([end for _, _, end in runs], dtype=torch.int32)
         self.max_seqlen_q = max(end - start for _, start, end in runs)
         self.max_seqlen_k = max(end for _, _, end in runs)
-        positions = torch.cat([torch.arange(start, end) for _, start, end in runs])
+        sequences = {sequence: index for index, sequence in enumerate(dict.fromkeys(s for s, _, _ in runs))}
+        tables = [sequence.blocks[: -(-self.max_seqlen_k // BLOCK_SIZE)] for sequence in sequences]
+        width = max(map(len, tables))
+        table = torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32)
+        self.block_tables = table[[sequences[sequence] for sequence, _, _ in runs]]
+        starts, ends = torch.tensor([run[1:] for run in runs]).T
+        self.cu_seqlens_q = torch.tensor([0, *accumulate(end - start for _, start, end in runs)], dtype=torch.int32)
+        self.seqlens_k = ends.int()
         run = torch.repeat_interleave(self.cu_seqlens_q.diff())
+        positions = torch.arange(len(run)) + (starts - self.cu_seqlens_q[:-1])[run]
         slots = self.block_tables[run, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
         cached = torch.tensor([sequence.num_cached for sequence, _, _ in runs])
         self.slot_mapping = torch.where(positions < cached[run], -1, slots)  # what is in the cache is not written again
@@ -125,6 +132,46 @@ def forward_passes(pieces: list[SequenceChunk], size: int, whole_images: bool) -
                 chunk, room = [], size
     if chunk:
         yield chunk
+
+
+def runs_of(positions: Tensor) -> list[tuple[int, int]]:
+    """First and last + 1 of the runs of positions that follow one another; positions [n] are in order."""
+    edges = (positions.diff() != 1).nonzero()[:, 0] + 1
+    starts = positions[torch.cat([edges.new_zeros(1), edges])]
+    ends = positions[torch.cat([edges - 1, edges.new_tensor([len(positions) - 1])])] + 1
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def selecting_rows(pieces: list[SequenceChunk]) -> Iterator[tuple[Any, slice]]:
+    """Those pieces of a pass whose turn chooses tokens at its end, and their rows."""
+    offset = 0
+    for piece in pieces:
+        rows = slice(offset, offset + piece.end - piece.start)
+        offset = rows.stop
+        if piece.selection is not None:
+            yield piece, rows
+
+
+def deep_rows(pieces: list[SequenceChunk]) -> tuple[list[int], list[tuple[Sequence, int, int]], list[int]]:
+    """Which rows of a forward pass are deep, the runs that they make, and which of them logits are wanted of."""
+    deep, runs, wanted, offset = [], [], [], 0
+    for piece in pieces:
+        for start, end in piece.deep_runs():
+            wanted += range(len(deep) + max(piece.logits_start - start, 0), len(deep) + end - start)
+            deep += range(offset + start - piece.start, offset + end - piece.start)
+            runs.append((piece.sequence, start, end))
+        offset += piece.end - piece.start
+    return deep, runs, wanted
+
+
+def previous_rows(cu_seqlens_q: Tensor) -> Tensor:
+    """For each token of a pass, where the token before it is among the tokens before the runs and then those of the
+    pass: [T] int64.
+    """
+    runs, tokens = len(cu_seqlens_q) - 1, int(cu_seqlens_q[-1])
+    previous = torch.arange(runs - 1, runs + tokens - 1)
+    previous[cu_seqlens_q[:-1].long()] = torch.arange(runs)
+    return previous
 
 
 def _visual_rows(runs: list[tuple[Sequence, int, int]]) -> tuple[Tensor | None, Tensor | None]:

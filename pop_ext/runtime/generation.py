@@ -31,14 +31,15 @@ R = TypeVar("R")
 class GenerationTimes:
     """Seconds of wall time of one `generate` call, all rows together.
 
-    The vision tower, the three stages of prefill, then the decode loop: model, choice of token and streamer.
-    `time_to_first_token` runs from the start of the call's turn until the first tokens are chosen, so it is the first
-    four and what surrounds them, as the processing of images.
+    The vision tower, the stages of prefill (`selection` is the choice of `deep_tokens`), then the decode loop: model,
+    choice of token and streamer. `time_to_first_token` runs from the start of the call's turn until the first tokens
+    are chosen, so it is the first five and what surrounds them, as the processing of images.
     """
 
     vision: float = 0.0
     truncated_prefill: float = 0.0
     projection: float = 0.0
+    selection: float = 0.0
     boundary: float = 0.0
     decode: float = 0.0
     time_to_first_token: float = 0.0
@@ -223,7 +224,7 @@ class Model(PrefillModel):
                 for stage in stages.STAGES:
                     setattr(times, stage, getattr(stages, stage))
                 return times
-            times = GenerationTimes(vision, stages.truncated_prefill, stages.projection, stages.boundary)
+            times = GenerationTimes(vision, *(getattr(stages, stage) for stage in stages.STAGES))
             tokens = rules.choose(rows, logits, return_logprobs)
             first = time.perf_counter()
             times.time_to_first_token = first - start

@@ -18,7 +18,7 @@ from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.tokenizer import load_generation_config, load_tokenizer
 from ..checkpoints.weights import load_weights
 from ..vision.encoder import Vision, vision_bytes
-from .checks import check_count
+from .checks import check_count, check_share
 from .device import cache_capacity, check_kernels, resolve_device, weight_bytes
 from .forward_batch import ForwardBatch
 from .kv_cache import BLOCK_SIZE, KVCache, Sequence
@@ -61,6 +61,7 @@ class Layers:
         calibration: str | Path | None = None,
         device: str | torch.device = "cpu",
         prefix_cache: bool = False,
+        deep_tokens: float = 0.0,
     ):
         if max_cache_tokens is not None:
             check_count("max_cache_tokens", max_cache_tokens, 1)
@@ -71,6 +72,7 @@ class Layers:
         check_kernels(self.spec, dtype, self.device)
         self.prefill_depth = prefill_depth
         self.boundary_tokens, self.anchor_tokens, self.chunk_tokens = boundary_tokens, anchor_tokens, 2048
+        self.deep_tokens, self.prefix_cache = deep_tokens, prefix_cache
         self.check_settings()
         self.calibration = None if calibration is None else Calibration.load(calibration, self.spec, dtype)
         depth = self.resolve_prefill_depth(prefill_depth)
@@ -98,7 +100,6 @@ class Layers:
         self.tokenizer: Any = load_tokenizer(folder)
         self.vision: Any = Vision(folder, self.config, self.spec, dtype, self.device) if self.spec.vision_type else None
         self.generation_config = load_generation_config(folder, self.config)
-        self.prefix_cache = prefix_cache
         self.decode_buffers, self.cuda_graphs = {}, True  # on a GPU: see `decoding`
         self.cache = KVCache(
             self.spec.num_layers, self.spec.num_kv_heads, self.spec.head_dim, capacity, dtype, self.device
@@ -228,3 +229,13 @@ class Layers:
         check_count("boundary_tokens", self.boundary_tokens, 1)
         check_count("anchor_tokens", self.anchor_tokens, 0)
         check_count("chunk_tokens", self.chunk_tokens, 1)
+        check_share("deep_tokens", self.deep_tokens)
+        if self.deep_tokens and self.device.type != "cpu":
+            raise ValueError(
+                f"deep_tokens is {self.deep_tokens}, expected 0 on {self.device}: only the CPU chooses tokens"
+            )
+        if self.deep_tokens and self.prefix_cache:
+            raise ValueError(
+                f"deep_tokens is {self.deep_tokens}, expected 0 with prefix_cache: which tokens of a shared prefix are "
+                "deep depends on what follows it"
+            )

@@ -27,6 +27,7 @@ def load(
     anchor_tokens: int = 1,
     max_cache_tokens: int | None = None,
     prefix_cache: bool = False,
+    deep_tokens: float = 0.0,
     revision: str | None = None,
     check_weights: bool = False,
 ) -> Model:
@@ -46,6 +47,9 @@ def load(
         or 32,768, whichever is less; on a GPU 85% of the memory that the weights leave free.
     prefix_cache: keep the prompts of `generate` in the cache until the room is needed, so that one that begins like an
         earlier one is computed from where they differ, to whole blocks of 64 tokens. Results are the same.
+    deep_tokens: share, in [0, 1], of each prompt's truncated tokens that run through all layers after all: those that
+        the prompt's end attends to most. 0 is none of them, 1 the full model. On the CPU, for conversations without
+        images, without prefix_cache.
     revision: branch, tag or commit of a hub repository.
     check_weights: read all weights now, and raise if NaN or infinity is among them.
 
@@ -68,6 +72,7 @@ def load(
         calibration,
         device,
         prefix_cache,
+        deep_tokens,
     )
     model = Model(folder, *settings)
     if check_weights:

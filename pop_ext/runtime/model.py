@@ -19,10 +19,11 @@ from ..vision.spans import ImageSpan
 from .checks import check_image_spans, check_token_lists
 from .device import StageTimes
 from .finite import NonFiniteError, check_logits, explained
-from .forward_batch import SequenceChunk, forward_passes
+from .forward_batch import SequenceChunk, deep_rows, forward_passes, previous_rows, runs_of, selecting_rows
 from .kv_cache import Sequence, prefix_keys
 from .layers import Layers, in_turn
 from .prefill_depth import resolve_depth
+from .selection import QUERIES, Selection, scoring_layers
 
 
 class PrefillModel(Layers):
@@ -226,6 +227,8 @@ class PrefillModel(Layers):
                 self.cache.grow(sequences, [piece.end for piece in pieces])
             chunks = forward_passes(pieces, self.chunk_tokens, self.spec.bidirectional_images)
             logits = [self._forward(chunk, depth, times) for chunk in chunks]
+            if any(piece.selection for piece in pieces):
+                logits = [self._deepen(pieces, torch.cat(logits), depth, times)]
         except BaseException:
             self.cache.forget(kept)
             for sequence, (length, count, cached) in zip(sequences, before, strict=True):
@@ -247,8 +250,16 @@ class PrefillModel(Layers):
             anchors = max([anchors, *(v.end for v in sequence.visuals if v.start < self.anchor_tokens)])
         if self.features(depth) is not None:  # no token's, where the one before it is not of this turn
             anchors = max(anchors, sequence.num_cached + 1)
-        shallow = (end, end) if deep else (max(length, anchors), end - self.boundary_tokens)
-        return SequenceChunk(sequence, sequence.num_cached, end, *shallow, end - 1)
+        first, boundary = (
+            (end, end) if deep or self.deep_tokens == 1 else (max(length, anchors), end - self.boundary_tokens)
+        )
+        piece = SequenceChunk(sequence, sequence.num_cached, end, first, boundary, end - 1)
+        count = int(self.deep_tokens * (boundary - first) + 0.5)
+        if count > 0 and depth < self.spec.num_layers - 1:  # at the last layer's input all tokens' are exact
+            if sequence.visuals:
+                raise ValueError(f"deep_tokens is {self.deep_tokens}, expected 0 for a conversation with images")
+            piece.selection = Selection(sequence, first, boundary, end, max(length, end - QUERIES), count)
+        return piece
 
     def _share_prefixes(self, pieces: list[SequenceChunk], lengths: list[int], depth: int, kept: list) -> None:
         """Gives every conversation its blocks. One that had no tokens before takes those that the cache has for the
@@ -281,7 +292,7 @@ class PrefillModel(Layers):
         depth = min(depth, spec.num_layers - 1)  # exact: shallow tokens need the last layer's keys and values only
         token_ids = [token for p in pieces for token in p.sequence.token_ids[p.start : p.end]]
         batch = self.batch([(p.sequence, p.start, p.end) for p in pieces])
-        deep, deep_runs, logits_rows = _deep_rows(pieces)
+        deep, deep_runs, logits_rows = deep_rows(pieces)
         truncated = len(deep) < len(token_ids)
         deep_batch = self.batch(deep_runs) if truncated and deep_runs else None
 
@@ -290,7 +301,7 @@ class PrefillModel(Layers):
             inputs["deep"] = torch.tensor(deep, dtype=torch.int64)
             inputs["shallow_slots"] = batch.slot_mapping.index_fill(0, inputs["deep"], -1)
             if self.features(depth) is not None:
-                inputs["previous"] = _previous_rows(batch.cu_seqlens_q)
+                inputs["previous"] = previous_rows(batch.cu_seqlens_q)
         inputs |= batch.integers()
         if deep_batch is not None:
             inputs |= deep_batch.integers("deep_")
@@ -298,8 +309,14 @@ class PrefillModel(Layers):
         batch.ready(inputs, self.rope)
 
         hidden = self.embed(inputs["token_ids"], batch)
+        selecting = list(selecting_rows(pieces))
         for layer in range(depth):
+            if selecting and layer in scoring_layers(depth):
+                for piece, rows in selecting:
+                    piece.selection.keep_queries(layer, hidden[rows], piece.start)
             hidden = self.add_visual(layer, self.layer(layer, hidden, batch), batch)
+        for piece, rows in selecting:
+            piece.selection.keep_hidden(hidden[rows], piece.start)
         times.end("truncated_prefill")
 
         before = [piece.sequence.last_hidden for piece in pieces]
@@ -319,6 +336,35 @@ class PrefillModel(Layers):
         times.end("boundary")
         return logits
 
+    def _deepen(self, pieces: list[SequenceChunk], logits: Tensor, depth: int, times: StageTimes) -> Tensor:
+        """Runs the tokens that turns choose at their end, and the boundaries after them, from P up; returns the logits
+        of all pieces, of which `logits` has those of the others.
+        """
+        times.start()
+        chosen = [(piece.selection, *piece.selection.choose(self)) for piece in pieces if piece.selection]
+        times.end("selection")
+        owners = torch.cat([torch.full_like(positions, i) for i, (_, positions, _) in enumerate(chosen)])
+        positions, hidden = (torch.cat(parts) for parts in list(zip(*chosen, strict=True))[1:])
+        ends, results = owners.bincount().cumsum(0) - 1, []
+        for start in range(0, len(owners), self.chunk_tokens):
+            rows = slice(start, start + self.chunk_tokens)
+            runs = [
+                (chosen[owner][0].sequence, first, last)
+                for owner in owners[rows].unique().tolist()
+                for first, last in runs_of(positions[rows][owners[rows] == owner])
+            ]
+            batch, last = self.batch(runs), ends[(ends >= start) & (ends < start + self.chunk_tokens)] - start
+            batch.ready(batch.integers(), self.rope)
+            x = hidden[rows]
+            for layer in range(depth, self.spec.num_layers):
+                x = self.layer(layer, x, batch)
+            if len(last):
+                results.append(self.head(x[last]))
+        times.end("boundary")
+        results = torch.cat([logits, *results])
+        order = sorted(range(len(pieces)), key=lambda i: pieces[i].selection is not None)
+        return torch.empty_like(results).index_copy_(0, torch.tensor(order), results)
+
     def _check_prompts(self, sequences: list[Sequence], prompts: list[list[int]], name: str) -> None:
         check_token_lists(name, prompts, self.spec.vocab_size)
         if not isinstance(sequences, list | tuple) or len(sequences) != len(prompts) or not len(sequences):
@@ -332,25 +378,3 @@ class PrefillModel(Layers):
                 )
         if len({id(s) for s in sequences}) < len(sequences):
             raise ValueError("sequences has the same conversation twice, expected different ones")
-
-
-def _deep_rows(pieces: list[SequenceChunk]) -> tuple[list[int], list[tuple[Sequence, int, int]], list[int]]:
-    """Which rows of a forward pass are deep, the runs that they make, and which of them logits are wanted of."""
-    deep, runs, wanted, offset = [], [], [], 0
-    for piece in pieces:
-        for start, end in piece.deep_runs():
-            wanted += range(len(deep) + max(piece.logits_start - start, 0), len(deep) + end - start)
-            deep += range(offset + start - piece.start, offset + end - piece.start)
-            runs.append((piece.sequence, start, end))
-        offset += piece.end - piece.start
-    return deep, runs, wanted
-
-
-def _previous_rows(cu_seqlens_q: Tensor) -> Tensor:
-    """For each token of a pass, where the token before it is among the tokens before the runs and then those of the
-    pass: [T] int64.
-    """
-    runs, tokens = len(cu_seqlens_q) - 1, int(cu_seqlens_q[-1])
-    previous = torch.arange(runs - 1, runs + tokens - 1)
-    previous[cu_seqlens_q[:-1].long()] = torch.arange(runs)
-    return previous
