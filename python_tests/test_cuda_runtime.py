@@ -133,8 +133,8 @@ def test_repeats_exactly(name, dtype):
 
 
 def test_on_sm_86():
-    """With the 99 KiB of shared memory that a block has there: other tiles and stages. In the hardest of the orders only:
-    how blocks synchronise does not differ.
+    """With the 99 KiB of shared memory that a block has there: other tiles and stages. In the adversarial order
+    only: how blocks synchronise does not differ.
     """
     if torch.cuda.is_available() or os.environ.get("PTX_EMULATOR_SM"):
         pytest.skip("the device is another one already")
