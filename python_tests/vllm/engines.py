@@ -54,7 +54,6 @@ def calibration_of(folder: Path, depths, path: Path) -> Path:
 def engine(folder: Path, pop: dict | None, **options):
     """An LLM in float32 that takes little memory; gone afterwards."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     options = dict(dtype="float32", enforce_eager=True, max_model_len=1024, kv_cache_memory_bytes=192 << 20) | options
     options["skip_tokenizer_init"] = not (Path(folder) / "tokenizer.json").exists()
@@ -67,7 +66,6 @@ def engine(folder: Path, pop: dict | None, **options):
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
-        cleanup_dist_env_and_memory()
         torch.set_num_threads = set_num_threads  # which vLLM's worker has taken away
 
 
