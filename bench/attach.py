@@ -17,6 +17,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pop_ext
 from bench.engines import THREADS, Clock, random_prompt
 
 
@@ -24,8 +25,6 @@ def measure(args) -> list[dict]:
     """A line for each depth and prompt length; depth None is the plain model."""
     import torch
     import transformers
-
-    import pop_ext
 
     torch.set_num_threads(THREADS)
     transformers.logging.set_verbosity_error()
@@ -63,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--shares", type=float, nargs="+", default=[2 / 3, 0.5], help="of the layers")
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--calibration", help="a file of pop calibrate that has these depths")
@@ -73,7 +72,8 @@ def main() -> None:
     if args.json:
         print(json.dumps(lines, indent=1))
         return
-    table = Table("engine", *(f"{tokens} prompt tokens" for tokens in args.prompt_tokens))
+    title = f"{Path(args.model).name}, {args.dtype}, {pop_ext.build_info()['processor']}, {THREADS} threads"
+    table = Table("engine", *(f"{tokens} prompt tokens" for tokens in args.prompt_tokens), title=title)
     rows = {}
     for line in lines:
         name = f"POP, {line['prefill_depth']} layers" if line["attached"] else f"plain, {line['prefill_depth']} layers"

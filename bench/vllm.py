@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -58,7 +57,7 @@ def worker(args) -> None:
 
     options = {"prefill_depth": args.worker} | ({"calibration": args.calibration} if args.calibration else {})
     llm = LLM(
-        str(args.model), dtype="bfloat16", enforce_eager=not args.compile, max_model_len=2048, max_num_seqs=8,
+        str(args.model), dtype=args.dtype, enforce_eager=not args.compile, max_model_len=2048, max_num_seqs=8,
         max_num_batched_tokens=512, kv_cache_memory_bytes=512 << 20, enable_prefix_caching=False, seed=0,
         additional_config={"pop": options} if args.worker else {},
     )  # fmt: skip
@@ -82,9 +81,9 @@ def worker(args) -> None:
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} processors"
+    from pop_ext import ops
+
+    return f"{ops.build_info()['processor']}, {len(os.sched_getaffinity(0))} processors"
 
 
 def main() -> None:
@@ -92,6 +91,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=12, help="of each part of the load")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--calibration", help="a file of `pop calibrate` for both depths, else own weights")
     parser.add_argument("--compile", action="store_true", help="with torch.compile; starting takes longer")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
@@ -108,7 +108,7 @@ def main() -> None:
                 sys.exit(f"{name}: {out.stderr[-2000:]}")
             found[name].append(json.loads(out.stdout.splitlines()[-1]))
             print(f"round {number + 1}: {name}: {found[name][-1]['prefill']:.0f} prompt tokens/s", file=sys.stderr)
-    print(f"{args.model.name}, bfloat16, {processor()}; medians of {args.rounds} rounds\n")
+    print(f"{args.model.name}, {args.dtype}, {processor()}; medians of {args.rounds} rounds\n")
     print("| engine | prompt tokens/s | TTFT, median | TTFT, p95 | between tokens, p95 | all tokens/s | memory |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, rounds in found.items():

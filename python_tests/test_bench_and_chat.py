@@ -161,7 +161,7 @@ def test_a_system_message_goes_first(folder):
     assert result.stdout == model.generate(messages, max_new_tokens=6, do_sample=False).text[0] + "\n"
 
 
-def test_chat_refuses(folder, tiny_llama, tmp_path_factory):
+def test_chat_refuses(folder, tiny_llama, tmp_path_factory, monkeypatch):
     for arguments, message in (
         ((folder, "--prefill-depth", "7"), "--prefill-depth is 7"),
         ((tiny_llama,), "no tokenizer"),
@@ -173,8 +173,12 @@ def test_chat_refuses(folder, tiny_llama, tmp_path_factory):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(bare)
-    result = pop("chat", bare, stdin="Hello\n")
-    assert result.exit_code == 1 and "has no chat template: use `pop generate`" in result.stderr
+    monkeypatch.setattr(pop_ext, "load", None)  # before any weights are read
+    for command in (("chat", bare), ("generate", bare, "--chat", "--prompt", "Hello")):
+        result = pop(*command, stdin="Hello\n")
+        assert result.exit_code == 1 and "has no chat template: use `pop generate` with --no-chat" in result.stderr
+    result = pop("generate", folder, "--prompt", "Hello", "--image", bare / "none.png")
+    assert result.exit_code == 1 and "none.png: no such file" in result.stderr
 
 
 # pop bench

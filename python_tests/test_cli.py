@@ -194,7 +194,7 @@ def test_names_and_reprs(folder, tmp_path):
 def test_the_device_reaches_the_model(folder, tmp_path, monkeypatch, command):
     """And one that this machine lacks is refused by the option's name."""
     text = tmp_path / "t.txt"
-    text.write_text("A line of text. " * 700)
+    text.write_text("A line of text. " * 1300)
     options = {
         "generate": ("--prompt", "Hi", "--max-new-tokens", 1),
         "chat": (),

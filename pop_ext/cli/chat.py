@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from ..runtime.prefill_depth import parse_depth
-from .common import Calibration, Device, DeviceName, DType, Model, app, load_model, one_line_errors, stderr
+from .common import (
+    Calibration,
+    Device,
+    DeviceName,
+    DType,
+    Model,
+    app,
+    expect_template,
+    load_model,
+    one_line_errors,
+    stderr,
+)
 from .generate import describe_depth, sampling_settings
 
 
@@ -51,11 +62,10 @@ def chat(
     After each answer a line on standard error says how many layers the prompt ran through, and how long it took.
     """
     depth = None if prefill_depth is None else parse_depth(prefill_depth)
+    expect_template(model)
     loaded = load_model(model, dtype, prefill_depth=depth, calibration=calibration, device=device)
     import transformers
 
-    if not loaded.tokenizer.chat_template:
-        raise ValueError(f"{model} has no chat template: use `pop generate`")
     if sys.stdin.isatty():
         import readline  # noqa: F401  gives input() a history and keys that edit the line
 

@@ -153,6 +153,12 @@ def load_encoder(model: str, any_model: bool = False):
         return Encoder(model, any_model)
 
 
+def expect_template(model: str) -> None:
+    """ValueError, before any weights are loaded, for a model that has no way to tell a chat."""
+    if not load_encoder(model).tokenizer.chat_template:
+        raise ValueError(f"{model} has no chat template: use `pop generate` with --no-chat")
+
+
 def layer_counts(depths: list[str], spec) -> list[int]:
     """Depths as they were typed, in layers of a model that is truncated. ValueError for one out of range."""
     from ..runtime.loading import warn_of_one_layer

@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from ..runtime.prefill_depth import parse_depth
-from .common import Calibration, DeepTokens, Device, DeviceName, DType, app, load_model, one_line_errors, stderr
+from .common import (
+    Calibration,
+    DeepTokens,
+    Device,
+    DeviceName,
+    DType,
+    app,
+    expect_template,
+    load_model,
+    one_line_errors,
+    stderr,
+)  # fmt: skip
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -103,6 +114,11 @@ def generate(
     text = read_prompt(prompt, prompt_file)
     if fps is not None and not video:
         raise ValueError("--fps is the rate of a video's frames, expected it with --video")
+    for path in image or []:
+        if not path.is_file():
+            raise ValueError(f"--image {path}: no such file")
+    if chat:
+        expect_template(model)
     videos = []
     if video:
         from pop_ext.vision.images import read_video

@@ -54,7 +54,6 @@ def calibration_of(folder: Path, depths, path: Path) -> Path:
 def engine(folder: Path, pop: dict | None, **options):
     """An LLM in float32 that takes little memory; gone afterwards."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
 
     options = dict(dtype="float32", enforce_eager=True, max_model_len=1024, kv_cache_memory_bytes=192 << 20) | options
     options["skip_tokenizer_init"] = not (Path(folder) / "tokenizer.json").exists()
@@ -67,7 +66,6 @@ def engine(folder: Path, pop: dict | None, **options):
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
-        cleanup_dist_env_and_memory()
         torch.set_num_threads = set_num_threads  # which vLLM's worker has taken away
 
 
@@ -87,14 +85,30 @@ def tokens(outputs) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+_log_probabilities: dict[tuple, torch.Tensor] = {}
+
+
+def log_probabilities(model, prompts: list[list[int]], continuations: list[list[int]]) -> list[torch.Tensor]:
+    """The model's, [tokens, vocabulary] for each continuation; what is asked for again is not computed again."""
+    settings = (id(model), model.boundary_tokens, model.anchor_tokens)  # `runner` keeps every model
+    keys = [(settings, *map(tuple, pair)) for pair in zip(prompts, continuations, strict=True)]
+    new = [i for i, key in enumerate(keys) if key not in _log_probabilities]
+    if new:
+        for i, logits in zip(
+            new, model.logits([prompts[i] for i in new], [continuations[i] for i in new]), strict=True
+        ):
+            _log_probabilities[keys[i]] = logits.log_softmax(-1)
+    return [_log_probabilities[key] for key in keys]
+
+
 def differences(outputs, model) -> list[float]:
     """For each output how far the log-probabilities of its 20 likeliest tokens are from the model's, at most, in nats;
     or how far a token is below the model's greedy one, if it is another.
     """
     found = []
     prompts, continuations = [list(output.prompt_token_ids) for output in outputs], tokens(outputs)
-    for output, logits in zip(outputs, model.logits(prompts, continuations), strict=True):
-        logprobs, completion, worst = logits.log_softmax(-1), output.outputs[0], 0.0
+    for output, logprobs in zip(outputs, log_probabilities(model, prompts, continuations), strict=True):
+        completion, worst = output.outputs[0], 0.0
         for row, token, reported in zip(logprobs, completion.token_ids, completion.logprobs, strict=True):
             if token != row.argmax():
                 assert row.max() - row[token] < TIE, (
