@@ -79,10 +79,10 @@ class PrefillModel(Layers):
         """A turn: appends prompts[i] to sequences[i] and runs every token that is not in the cache yet.
 
         Tokens from before the prompt (the last one sampled) and the prompt's last `boundary_tokens` run at full depth,
-        as do the sequence's first `anchor_tokens`, and of the others the share `deep_tokens` (`selection`). visuals[i] are the images of prompts[i] (`Vision.encode`), with
-        indices into the prompt. Returns the logits [B, vocabulary] float32 that follow the prompts,
-        and the time of each stage. Raises before anything is changed if a prompt is empty or too long, or the cache too
-        full.
+        as do the sequence's first `anchor_tokens`, and of the others the share `deep_tokens` (`selection`). visuals[i]
+        are the images of prompts[i] (`Vision.encode`), with indices into the prompt. Returns the logits [B, vocabulary]
+        float32 that follow the prompts, and the time of each stage. Raises before anything is changed if a prompt is
+        empty or too long, or the cache too full.
         """
         times = StageTimes(self.device)
         return self._turn(
