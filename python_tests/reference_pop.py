@@ -28,6 +28,7 @@ class ReferencePOP:
         self.keys: list[Tensor | None] = [None] * len(self.layers)  # each [1, Hkv, tokens so far, E], after RoPE
         self.values: list[Tensor | None] = [None] * len(self.layers)
         self.length = 0
+        self.ids: list[int] = []
 
     def prompt(self, token_ids: list[int], *, depth: int | None = None) -> Tensor:
         """A turn of the user: the prompt by the rules above. Returns the logits [V] after its last token."""
@@ -54,6 +55,7 @@ class ReferencePOP:
     def _run(self, token_ids: list[int], full: bool) -> Tensor:
         if not token_ids:
             return torch.empty(0, self.config.vocab_size)
+        self.ids += token_ids
         positions = torch.arange(self.length, self.length + len(token_ids))[None]
         hidden = self.model.model.embed_tokens(torch.tensor([token_ids]))
         for index, layer in enumerate(self.layers):
@@ -81,15 +83,18 @@ class ReferencePOP:
         shallow[anchor:boundary] = True
         positions = torch.arange(self.length, self.length + size)[None]
         hidden = self.model.model.embed_tokens(torch.tensor([token_ids]))
+        self.ids += token_ids
+        after = self._after_repetition()
         paid = []  # by layer, [tokens of the turn]: of the head that pays most, the mean over queries
         for index, layer in enumerate(self.layers):
             rope, mask = self._rope(hidden, positions, index), self._mask(positions, index, hidden.dtype)
             if index == self.prefill_depth:
                 scores = torch.stack(paid[-8:]).mean(0)[anchor:boundary]
                 padded = torch.cat([torch.zeros(3), scores, torch.zeros(3)])
-                near = torch.tensor([1, 2, 3, 4, 3, 2, 1])
+                near = torch.tensor([3, 3, 3, 4, 2, 1, 0])
                 pooled = [float((padded[i : i + 7] * near).sum()) for i in range(len(scores))]
-                chosen = sorted(range(len(pooled)), key=lambda i: -pooled[i])[:count]
+                first = [after is not None and 0 <= self.length + anchor + i - after < 24 for i in range(len(scores))]
+                chosen = sorted(range(len(pooled)), key=lambda i: (not first[i], -pooled[i]))[:count]
                 shallow[[anchor + i for i in chosen]] = False
             output = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=self)
             if index < self.prefill_depth:
@@ -99,6 +104,14 @@ class ReferencePOP:
         self.length += size
         self._last = self.model.lm_head(self.model.model.norm(hidden))[0]
         return self._last[-1]
+
+    def _after_repetition(self) -> int | None:
+        """Where the longest earlier match of the conversation's end, of 3 to 8 tokens, is over; the latest of them."""
+        for size in range(8, 2, -1):
+            for end in range(len(self.ids) - 1, size - 1, -1):
+                if self.ids[end - size : end] == self.ids[-size:]:
+                    return end
+        return None
 
     def _weights(self, hidden: Tensor, layer, rope, mask: Tensor, index: int) -> Tensor:
         """The attention weights [1, Hq, tokens, keys] of a layer that has run on `hidden`."""

@@ -18,6 +18,7 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
+import deep_tokens  # noqa: E402
 import prefill  # noqa: E402
 
 import pop_ext  # noqa: E402
@@ -54,6 +55,14 @@ def test_counts_of_smollm2():
         )
         assert plain > full == multiplications.pop_multiplications(spec, tokens, 29)
         assert full / truncated == pytest.approx(ratio, abs=0.01)
+
+
+def test_counts_of_deep_tokens():
+    """From POP's to a little more than full depth's, whose last layer runs for one token only."""
+    spec = ModelSpec.from_config(SMOLLM2)
+    truncated, full = (prefill.pop_multiplications(spec, deep_tokens.PROMPT, depth) for depth in (20, 30))
+    assert deep_tokens.multiplications(spec, 20, 0.0) == truncated
+    assert full < deep_tokens.multiplications(spec, 20, 1.0) < full * 31 / 30
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 12, 99])

@@ -3,10 +3,17 @@ models of every family, in float32, against `reference_pop`."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from helpers import normwise
+from helpers import make_chat_folder, normwise
 from pairs import CONTINUATIONS, PROMPTS, Conversation, assert_logits, batched_logits, load, tokens
+from typer.testing import CliRunner
+
+from pop_ext import cli
+from pop_ext.runtime.selection import following
+from pop_ext.vision.spans import ImageSpan
 
 SOME = (0, 5, 1, 8, 6)  # of PROMPTS: longer and shorter than what chooses
 
@@ -39,6 +46,37 @@ def test_all_but_one(pair):
     pair.model.deep_tokens = 0.99
     expected = pair.reference_logits(PROMPTS, CONTINUATIONS, 2, share=0.99)
     assert_logits(pair.model.logits(PROMPTS, CONTINUATIONS, prefill_depth=2), expected)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_what_followed_a_repetition(pair, share):
+    """Prompts whose end stood in them, or in the turn before, and what followed: it goes on before all else."""
+    end, pair.model.deep_tokens = tokens(5, 4), share
+    prompts = [tokens(9, 1) + end + tokens(50, 2) + end, end[2:] + tokens(30, 3) + end, tokens(20, 5) + [7] * 9]
+    continuations = [tokens(4, 6)] * 3
+    expected = pair.reference_logits(prompts, continuations, 2, share=share)
+    pair.model.chunk_tokens = 30
+    assert_logits(pair.model.logits(prompts, continuations, prefill_depth=2), expected)
+    talk = Conversation(pair, 1, 2, share=share)
+    talk.prompt([tokens(30, 1) + end + tokens(4, 2)])
+    talk.prompt([tokens(30, 3) + end])
+    talk.end()
+
+
+@pytest.mark.parametrize(
+    "ids, expected",
+    [
+        ([1, 2, 3, 9, 8, 1, 2, 3], 3),
+        ([2, 3, 9, 8, 1, 2, 3], None),  # two are too few
+        ([1, 2, 3, 7, 1, 2, 3, 8, 1, 2, 3], 7),  # the latest
+        ([5, 1, 2, 3, 7, 6, 1, 2, 3, 8, 5, 1, 2, 3], 4),  # the longest
+        ([4, 4, 4, 4, 4], 4),  # it may overlap the end
+        ([1], None),
+        ([1, 2], None),
+    ],
+)
+def test_following(ids, expected):
+    assert following(ids) == expected
 
 
 def test_chunks_do_not_matter(pair):
@@ -83,3 +121,46 @@ def test_not_a_share(tiny_llama, share):
 def test_not_with_a_prefix_cache(tiny_llama):
     with pytest.raises(ValueError, match=r"deep_tokens is 0\.1, expected 0 with prefix_cache"):
         load(tiny_llama, deep_tokens=0.1, prefix_cache=True)
+
+
+def test_not_with_images(llama):
+    """Nothing of the turn stays."""
+    llama.model.deep_tokens, sequence = 0.2, llama.model.new_sequence()
+    sequence.token_ids += tokens(9)
+    sequence.visuals.append(ImageSpan(2, 5, None, None))
+    with pytest.raises(ValueError, match=r"deep_tokens is 0\.2, expected 0 for a conversation with images"):
+        llama.model.prefill([sequence], [tokens(20)], prefill_depth=2)
+    assert sequence.token_ids == tokens(9) and sequence.num_cached == 0
+
+
+# The commands
+
+
+def pop(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_generate(tiny_llama, tmp_path_factory):
+    folder = make_chat_folder(tiny_llama, tmp_path_factory)
+    options = ("generate", folder, "--prompt", "Hello, who are you?", "--prefill-depth", 2, "--dtype", "float32",
+               "--max-new-tokens", 4, "--deep-tokens", 0.25)  # fmt: skip
+    line = pop(*options).stderr
+    assert "prefill depth 2 of 6, own projections, 25% deep tokens; " in line and ", selection 0." in line
+    found = json.loads(pop(*options, "--json").stdout)
+    assert found["deep_tokens"] == 0.25 and found["times"]["selection"] > 0
+    assert pop(*options[:-1], 1.5).exit_code == 2
+
+
+def test_evaluate(tiny_llama, tmp_path_factory, tmp_path):
+    """A row for each share; everything is the full model."""
+    folder = make_chat_folder(tiny_llama, tmp_path_factory)
+    (tmp_path / "text").write_text("Some text, and some more of it. " * 40)
+    options = ("evaluate", folder, "--text", tmp_path / "text", "--prefill-depth", 2, "--prompts", 2, "--prompt-tokens",
+               64, "--continuation-tokens", 4, "--dtype", "float32", "--deep-tokens", 0, "--deep-tokens", 0.5,
+               "--deep-tokens", 1)  # fmt: skip
+    rows = json.loads(pop(*options, "--json").stdout)
+    assert [(row["method"], row["deep_tokens"]) for row in rows] == [
+        ("full", 0.0), ("pop_uncalibrated", 0.0), ("pop_uncalibrated", 0.5), ("pop_uncalibrated", 1.0)
+    ]  # fmt: skip
+    assert rows[1]["kl"] > rows[2]["kl"] > 1e-3 and abs(rows[3]["kl"]) < 1e-6
+    assert "2, own weights, 50% deep" in " ".join(pop(*options).stdout.split())

@@ -3,7 +3,8 @@ decode.
 
 Every token either goes through all layers (it is *deep*: boundary, anchor and generated tokens) or through the first P
 only (the other prompt tokens). Layers below P see both alike; at layers from P up the deep tokens go on, and attend to
-the keys and values that were projected for the others. So one function, `PrefillModel._forward`, is prefill and decode.
+the keys and values that were projected for the others. So one function, `PrefillModel._forward`, is prefill and decode;
+with `deep_tokens`, what the end of a turn chooses goes on after it (`_deepen`).
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class PrefillModel(Layers):
     """Conversations with a model: prefill and decode. `pop_ext.load` makes one that generates, too
     (`generation.Model`).
 
-    prefill_depth, boundary_tokens and anchor_tokens are the defaults of every call; `chunk_tokens` bounds the prompt
-    tokens of one forward pass, and with it the memory of activations (results do not depend on it). Calls from several
-    threads take turns.
+    prefill_depth, boundary_tokens, anchor_tokens and deep_tokens are the defaults of every call; `chunk_tokens` bounds
+    the prompt tokens of one forward pass, and with it the memory of activations (results do not depend on it). Calls
+    from several threads take turns.
     """
 
     def __repr__(self) -> str:
@@ -78,10 +79,10 @@ class PrefillModel(Layers):
         """A turn: appends prompts[i] to sequences[i] and runs every token that is not in the cache yet.
 
         Tokens from before the prompt (the last one sampled) and the prompt's last `boundary_tokens` run at full depth,
-        as do the sequence's first `anchor_tokens`. visuals[i] are the images of prompts[i] (`Vision.encode`), with
-        indices into the prompt. Returns the logits [B, vocabulary] float32 that follow the prompts,
-        and the time of each stage. Raises before anything is changed if a prompt is empty or too long, or the cache too
-        full.
+        as do the sequence's first `anchor_tokens`, and of the others the share `deep_tokens` (`selection`). visuals[i]
+        are the images of prompts[i] (`Vision.encode`), with indices into the prompt. Returns the logits [B, vocabulary]
+        float32 that follow the prompts, and the time of each stage. Raises before anything is changed if a prompt is
+        empty or too long, or the cache too full.
         """
         times = StageTimes(self.device)
         return self._turn(

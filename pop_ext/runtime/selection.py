@@ -1,9 +1,12 @@
 """Which truncated tokens of a prompt go on through all layers (`deep_tokens`): those that its end attends to most.
 
 A turn's last tokens show, in the layers that all tokens run through, what the answer will look for. Their attention in
-the last of those layers ranks the truncated tokens (after FastKV, arXiv 2502.01068, and LazyLLM, arXiv 2407.14057),
+the last of those layers ranks the truncated tokens (after FastKV, arXiv 2502.01068, and CLAA, arXiv 2602.16054),
 and the first share of them become deep: their keys and values above are the full model's own. The queries are always
 those of the end of the turn, so that forward passes of any size choose the same tokens.
+
+Attention there does not find what a repetition goes on with: the layers that do so lie above P. It is found in the
+token ids instead. Where the end of the prompt stands in it once before, what followed then goes on first.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from torch.nn import functional as F
 
 from .kv_cache import Sequence
 
+FOLLOWING = 24  # tokens after an earlier match of the end that go on before all others
+LEAST_MATCH, MOST_MATCH = 3, 8  # tokens of the end that match
 QUERIES = 16  # last tokens of a turn that choose
 LAYERS = 8  # last layers below P whose attention counts
-# What of its score a token lends to those before and after it, itself in the middle: what stands beside a token that is
-# looked at is looked at next. The nearer the more, which leaves no ties.
-NEIGHBOURS = (1, 2, 3, 4, 3, 2, 1)
+# What counts of the scores around a token, from 3 before it to 3 after: most those before, as what follows a token that
+# is looked at is looked at next.
+NEIGHBOURS = (3, 3, 3, 4, 2, 1, 0)
 
 pop = torch.ops.pop
 
@@ -59,7 +64,12 @@ class Selection:
         """The positions [count + boundary tokens] int64, in order, that go on, and their h[P]."""
         size = self.boundary - self.start
         if self.count < size:
-            best = self.scores(model).argsort(descending=True, stable=True)[: self.count].sort().values
+            scores = self.scores(model)
+            if (follows := following(self.sequence.token_ids[: self.end])) is not None:
+                scores[max(0, follows - self.start) : max(0, follows + FOLLOWING - self.start)] += (
+                    1  # more than any has
+                )
+            best = scores.argsort(descending=True, stable=True)[: self.count].sort().values
         else:
             best = torch.arange(size)
         rows = torch.cat([best, torch.arange(size, self.end - self.start)])
@@ -96,3 +106,18 @@ class Selection:
         if spec.windows[layer]:
             unseen |= distance >= spec.windows[layer]
         return logits.masked_fill(unseen, float("-inf")).softmax(-1)
+
+
+def following(token_ids: list[int]) -> int | None:
+    """The index of the token that followed when the end of `token_ids` stood there before: after the longest match, and
+    of equally long ones the latest; None where fewer than LEAST_MATCH tokens match.
+    """
+    ids = torch.tensor(token_ids)
+    matches, length = torch.ones(len(ids) - 1, dtype=torch.bool), torch.zeros(len(ids) - 1, dtype=torch.int64)
+    for back in range(1, min(MOST_MATCH, len(ids) - 1) + 1):  # matches[i]: so many tokens up to i are the last ones
+        matches[: back - 1] = False
+        matches[back - 1 :] &= ids[: len(ids) - back] == ids[-back]
+        length += matches
+    if not len(length) or (longest := int(length.max())) < LEAST_MATCH:
+        return None
+    return int((length == longest).nonzero()[-1]) + 1
