@@ -1,6 +1,6 @@
 // The decode step's operations: their schemas, and the operations on CPU tensors.
 
-#include "torch/decode.h"
+#include "torch/decode_arguments.h"
 
 #include <torch/csrc/stable/library.h>
 

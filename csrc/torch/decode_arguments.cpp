@@ -4,7 +4,7 @@
 #include <initializer_list>
 #include <sstream>
 
-#include "torch/decode.h"
+#include "torch/decode_arguments.h"
 
 namespace pop::arguments {
 namespace {
