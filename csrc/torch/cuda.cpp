@@ -15,7 +15,7 @@
 
 #include "pop/device.h"
 #include "torch/arguments.h"
-#include "torch/decode.h"
+#include "torch/decode_arguments.h"
 #include "torch/indices.h"
 
 extern "C" {
