@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "cpu/attention_values.h"
 #include "cpu/head.h"
 
 namespace pop::cpu::POP_ISA {
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int64_t kTaskRows = 384;
 template <typename T>
-constexpr int64_t kBlockKeys = kTiles<T> ? 128 : 256;  // scores and weights of kTileRows<T> rows stay in L1
+constexpr int64_t kBlockKeys = kTiles<T> ? 128 : 256;  // scores and probs of kTileRows<T> rows stay in L1
 constexpr int64_t kBlockKeysAllHeads = 64;
 constexpr int64_t kDirectRows = 8;  // of a head; up to here keys and values are read as they lie, without packing
 constexpr int64_t kMinSplitKeys = 128;
@@ -36,82 +37,6 @@ struct Partial {
 };
 
 constexpr float kInfinity = __builtin_inff();
-
-/// panel[pair of keys][e] = {rows[2 i][e], rows[2 i + 1][e]} (or panel[key][e] for floats): values as a factor of
-/// probabilities.
-template <typename T>
-void pack_values(const T* const* rows, int keys, int64_t size, float* panel, int64_t panel_stride) {
-  for (int key = 0; key < keys; key += kPerLane<T>, panel += panel_stride) {
-    for_each_vector(size, [&](int64_t e, auto n) {
-      Vec v;
-      if constexpr (kPerLane<T> == 2) {
-        const Int even = bit_cast<Int>(load(rows[key] + e, n));  // a bf16 is the upper half of its float
-        const Int odd = key + 1 < keys ? bit_cast<Int>(load(rows[key + 1] + e, n)) : Int{};
-        v = bit_cast<Vec>(((even >> 16) & 0xffff) | odd);
-      } else {
-        v = load(rows[key] + e, n);
-      }
-      store(panel + e, v);
-    });
-  }
-  for (int64_t lane = lanes_of<T>(keys); lane < panel_lanes<T>(keys); ++lane, panel += panel_stride)
-    for (int64_t e = 0; e < size; e += kLanes) store(panel + e, Vec{});
-}
-
-/// c[r] = alpha[r] c[r] + sum over keys of weights[r][key] values[key], for columns [e, e + 2 kLanes), of which
-/// `available` exist. Two vectors of bf16 come from one by a shift and a mask, the even columns and the odd ones.
-template <typename T, int Rows>
-POP_INLINE void weigh_columns(const float* weights, int64_t weight_stride, int keys, const T* const* values, int64_t e,
-                              int64_t available, const float* alpha, float* c, int64_t c_stride) {
-  constexpr bool kSplit = std::is_same_v<T, bf16>;
-  Vec acc[Rows][2] = {};
-  for (int key = 0; key < keys; ++key) {
-    const T* from = values[key] + e;
-    T buffer[2 * kLanes] = {};
-    if (available < 2 * kLanes) {
-      std::memcpy(buffer, from, available * sizeof(T));
-      from = buffer;
-    }
-    Vec first, second;
-    if constexpr (kSplit) {
-      Int pairs;
-      std::memcpy(&pairs, from, sizeof pairs);
-      first = even(pairs), second = odd(pairs);
-    } else {
-      first = load(from), second = load(from + kLanes);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      const float weight = weights[r * weight_stride + key];
-      acc[r][0] += first * weight, acc[r][1] += second * weight;
-    }
-  }
-  Int low, high;  // interleaves even and odd columns
-  for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kLanes;
-    high[i] = low[i] + kLanes / 2;
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    Vec a = acc[r][0], b = acc[r][1];
-    if constexpr (kSplit) {
-      a = __builtin_shuffle(acc[r][0], acc[r][1], low);
-      b = __builtin_shuffle(acc[r][0], acc[r][1], high);
-    }
-    float* to = c + r * c_stride + e;
-    store(to, load(to) * alpha[r] + a);
-    store(to + kLanes, load(to + kLanes) * alpha[r] + b);
-  }
-}
-
-template <typename T, int Rows>
-void weigh_values(const float* weights, int64_t weight_stride, int keys, const T* const* values, int64_t size,
-                  const float* alpha, float* c, int64_t c_stride) {
-  int64_t e = 0;
-  for (; e + 2 * kLanes <= size; e += 2 * kLanes)
-    weigh_columns<T, Rows>(weights, weight_stride, keys, values, e, 2 * kLanes, alpha, c, c_stride);
-  if (e < size) weigh_columns<T, Rows>(weights, weight_stride, keys, values, e, size - e, alpha, c, c_stride);
-}
 
 /// Some keys of one head with their values: where they lie, and packed for multiply_tile unless they are read there.
 template <typename T>
@@ -299,7 +224,7 @@ class Kernel {
     if (keys <= 0 || (p_.window_size > 0 && key + keys - 1 <= first - p_.window_size)) return;
 
     constexpr int64_t kStride = kBlockKeys<T>;
-    alignas(64) float scores[kTileRows<T> * kStride], alpha[round_up(kTileRows<T>, kLanes)] = {};
+    alignas(64) float scores[kTileRows<T> * kStride], rescale[round_up(kTileRows<T>, kLanes)] = {};
     if (block.packed) {
       for (int j = 0; j < keys; j += kTileColumns)
         multiply_tile<T>(count, std::min(kTileColumns, keys - j), query, query_stride,
@@ -313,54 +238,54 @@ class Kernel {
       for (int i = 0; i < count; ++i) mask(task, base + (r + i) / group_, key, keys, scores + i * kStride);
 
     if (!block.packed) {
-      softmax(state, r, count, keys, scores, scores, alpha);
-      weigh(count, keys, scores, block.values, alpha, state.values + r * value_stride_);
+      softmax(state, r, count, keys, scores, scores, rescale);
+      add_weighted(count, keys, scores, block.values, rescale, state.values + r * value_stride_);
       return;
     }
-    alignas(64) Factor<T> weights[kTileRows<T> * kStride];
-    softmax(state, r, count, keys, scores, weights, alpha);
+    alignas(64) Factor<T> probs[kTileRows<T> * kStride];
+    softmax(state, r, count, keys, scores, probs, rescale);
     for (int64_t e = 0; e < size_; e += kTileColumns)
-      multiply_tile<T>(count, static_cast<int>(std::min<int64_t>(kTileColumns, size_ - e)), weights, kStride,
-                       block.value_panels + e * block.kValueLanes, kTileColumns, lanes_of<T>(keys), alpha,
+      multiply_tile<T>(count, static_cast<int>(std::min<int64_t>(kTileColumns, size_ - e)), probs, kStride,
+                       block.value_panels + e * block.kValueLanes, kTileColumns, lanes_of<T>(keys), rescale,
                        state.values + r * value_stride_ + e, value_stride_);
   }
 
-  /// From scores to weights of the keys; the rows' maxima and sums go on, and what the rows have so far is to shrink by
-  /// alpha.
-  template <typename Weight>
-  void softmax(Partial state, int64_t r, int count, int keys, const float* scores, Weight* weights,
-               float* alpha) const {
+  /// From scores to the keys' unnormalised probabilities. Updates the rows' maxima and sums; what the rows have summed
+  /// so far is to be multiplied by `rescale`.
+  template <typename Prob>
+  void softmax(Partial state, int64_t r, int count, int keys, const float* scores, Prob* probs, float* rescale) const {
     constexpr int64_t kStride = kBlockKeys<T>;
     const float scale = p_.softmax_scale * kLog2E;
-    float maxima[kTileRows<T>];
+    float row_max[kTileRows<T>];
     for (int i = 0; i < count; ++i) {
       const float* score = scores + i * kStride;
       Vec top = load(score);
       for (int j = kLanes; j < keys; j += kLanes) top = max(top, load(score + j));
       const float before = state.maximum[r + i], maximum = std::max(before, reduce_max(top));
       state.maximum[r + i] = maximum;
-      maxima[i] = maximum == -kInfinity ? 0.0f : maximum;
-      alpha[i] = (before - maxima[i]) * scale;
+      row_max[i] = maximum == -kInfinity ? 0.0f : maximum;
+      rescale[i] = (before - row_max[i]) * scale;
     }
-    for (int i = 0; i < count; i += kLanes) store(alpha + i, exp2(load(alpha + i)));
+    for (int i = 0; i < count; i += kLanes) store(rescale + i, exp2(load(rescale + i)));
     for (int i = 0; i < count; ++i) {
       const float* score = scores + i * kStride;
-      Vec sum = load(state.sums + (r + i) * kLanes) * alpha[i];
+      Vec sum = load(state.sums + (r + i) * kLanes) * rescale[i];
       for (int j = 0; j < keys; j += kLanes) {
-        const Vec weight = exp2((load(score + j) - maxima[i]) * scale);  // in this order: at the maximum exactly 1
-        sum += weight;
-        store(weights + i * kStride + j, weight);
+        const Vec prob = exp2((load(score + j) - row_max[i]) * scale);  // in this order: at the maximum exactly 1
+        sum += prob;
+        store(probs + i * kStride + j, prob);
       }
       store(state.sums + (r + i) * kLanes, sum);
     }
   }
 
-  void weigh(int count, int keys, const float* weights, const T* const* values, const float* alpha, float* sums) const {
-    static constexpr decltype(&weigh_values<T, 1>) kWeigh[] = {weigh_values<T, 1>, weigh_values<T, 2>,
-                                                               weigh_values<T, 3>, weigh_values<T, 4>};
+  void add_weighted(int count, int keys, const float* probs, const T* const* values, const float* rescale,
+                    float* sums) const {
+    static constexpr decltype(&add_values<T, 1>) kAddValues[] = {add_values<T, 1>, add_values<T, 2>, add_values<T, 3>,
+                                                                 add_values<T, 4>};
     for (int r = 0; r < count; r += 4)
-      kWeigh[std::min(4, count - r) - 1](weights + r * kBlockKeys<T>, kBlockKeys<T>, keys, values, size_, alpha + r,
-                                         sums + r * value_stride_, value_stride_);
+      kAddValues[std::min(4, count - r) - 1](probs + r * kBlockKeys<T>, kBlockKeys<T>, keys, values, size_, rescale + r,
+                                             sums + r * value_stride_, value_stride_);
   }
 
   /// -inf for the keys that the query at `position` does not see, and behind the last key up to a whole vector.

@@ -1,10 +1,10 @@
 // The decode step's operations: their schemas, and the operations on CPU tensors.
 
-#include "torch/decode_arguments.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <sstream>
+
+#include "torch/decode_arguments.h"
 
 namespace pop {
 namespace {

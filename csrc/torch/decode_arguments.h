@@ -1,6 +1,6 @@
 #pragma once
 
-// The arguments of the decode step's operations, checked; for CPU (decode.cpp) and CUDA (cuda.cpp, decode_cuda.cpp).
+// The arguments of the decode step's operations, checked; for CPU (decode.cpp) and CUDA (cuda.cpp).
 
 #include "pop/decode.h"
 #include "pop/sample.h"

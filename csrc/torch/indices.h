@@ -1,6 +1,6 @@
 #pragma once
 
-// What lies in index tensors, looked at on the host: the CPU operations always do, CUDA's on request, with copies.
+// The values in index tensors, checked on the host: by the CPU operations always, by CUDA's on request, with copies.
 
 #include <sstream>
 

@@ -1,33 +1,12 @@
-// cvt in all its forms (PTX ISA 9.7.9.21): rounding, saturation, packing, and the small floating-point formats.
+// cvt between scalars: rounding and saturation (PTX ISA 9.7.9.21).
+#include "conversion.h"
+
 #include <limits>
 #include <type_traits>
-
-#include "lanes.h"
 
 namespace ptx_emulator {
 namespace PTX_ISA {
 namespace {
-
-enum class Integral : uint8_t { kNone, kNearest, kZero, kDown, kUp };
-
-struct Options {
-  Rounding rounding = Rounding::kNearestEven;
-  Integral integral = Integral::kNone;
-  bool has_rounding = false, flush = false, saturate = false, finite = false, relu = false;
-
-  // Travels to the handler as the instruction's immediate.
-  int64_t pack() const {
-    return static_cast<int64_t>(rounding) | static_cast<int64_t>(integral) << 4 | int64_t{flush} << 8 |
-           int64_t{saturate} << 9 | int64_t{finite} << 10 | int64_t{relu} << 11;
-  }
-  static Options unpack(int64_t bits) {
-    Options o;
-    o.rounding = static_cast<Rounding>(bits & 15);
-    o.integral = static_cast<Integral>(bits >> 4 & 15);
-    o.flush = bits >> 8 & 1, o.saturate = bits >> 9 & 1, o.finite = bits >> 10 & 1, o.relu = bits >> 11 & 1;
-    return o;
-  }
-};
 
 template <class T>
 inline constexpr bool kIsFloat = std::is_floating_point_v<T> || std::is_same_v<T, Half> || std::is_same_v<T, Bfloat>;
@@ -75,7 +54,7 @@ T clamp_to_integer(double x) {
 }
 
 template <class D>
-D round_float(double x, Options o) {
+D round_float(double x, ConversionOptions o) {
   if constexpr (std::is_same_v<D, double>)
     return x;
   else if constexpr (std::is_same_v<D, float>)
@@ -88,7 +67,7 @@ D round_float(double x, Options o) {
 }
 
 template <class D, class S>
-D convert(S x, Options o) {
+D convert(S x, ConversionOptions o) {
   if constexpr (!kIsFloat<S> && !kIsFloat<D>) {
     if (!o.saturate) return static_cast<D>(x);
     const __int128 wide = x;
@@ -137,7 +116,7 @@ D convert(S x, Options o) {
 
 template <class D, class S>
 void convert_run(Warp& w, const Instruction& i) {
-  const Options o = Options::unpack(i.immediate);
+  const ConversionOptions o = ConversionOptions::unpack(i.immediate);
   D* d = w.lanes<D>(i.slots[0]);
   const S* a = w.lanes<S>(i.slots[1]);
   alignas(64) D r[kLanes] = {};
@@ -147,10 +126,10 @@ void convert_run(Warp& w, const Instruction& i) {
 
 // The conversions that kernels are full of, without options: these vectorise.
 template <class D, class S>
-Handler quick(Options o) {
-  if (o.pack() != Options{}.pack()) {
+Handler quick(ConversionOptions o) {
+  if (o.pack() != ConversionOptions{}.pack()) {
     if constexpr (std::is_same_v<S, float> && std::is_integral_v<D> && sizeof(D) == 4) {
-      Options truncating;
+      ConversionOptions truncating;
       truncating.integral = Integral::kZero;
       if (o.pack() == truncating.pack())
         return map<D, float>([](float x) {
@@ -237,116 +216,10 @@ void extend(Decoder& d, Type type, uint32_t r, uint32_t from) {
   }
 }
 
-// Packed and small formats. Each is one function from floats (or from packed halves) to bits.
-template <Type kTo>
-uint32_t pack_two(float high, float low, Options o) {
-  if (o.relu) {
-    high = high > 0 || high != high ? high : 0.0f;
-    low = low > 0 || low != low ? low : 0.0f;
-  }
-  constexpr Format f = kTo == Type::kF16x2    ? kHalfFormat
-                       : kTo == Type::kBf16x2 ? kBfloatFormat
-                       : kTo == Type::kE4m3x2 ? kE4m3Format
-                                              : kE5m2Format;
-  constexpr int bits = f.exponent_bits + f.fraction_bits + 1;
-  return encode(low, f, o.rounding, o.finite) | encode(high, f, o.rounding, o.finite) << bits;
-}
-
-template <Type kTo>
-void pack_two_run(Warp& w, const Instruction& i) {
-  using D = std::conditional_t<kTo == Type::kF16x2 || kTo == Type::kBf16x2, uint32_t, uint16_t>;
-  const Options o = Options::unpack(i.immediate);
-  const float *a = w.lanes<float>(i.slots[1]), *b = w.lanes<float>(i.slots[2]);
-  alignas(64) D r[kLanes] = {};
-  for (uint32_t m = w.active; m; m &= m - 1)
-    r[first_lane(m)] = static_cast<D>(pack_two<kTo>(a[first_lane(m)], b[first_lane(m)], o));
-  store_lanes(w.lanes<D>(i.slots[0]), r, w.active);
-}
-
-void halves_to_small_run(Warp& w, const Instruction& i) {
-  Options o = Options::unpack(i.immediate & 0xffff);
-  const Format f = i.immediate >> 16 ? kE5m2Format : kE4m3Format;
-  for (uint32_t m = w.active; m; m &= m - 1) {
-    const int l = first_lane(m);
-    const uint32_t a = w.lanes<uint32_t>(i.slots[1])[l];
-    float low = widen(Half{static_cast<uint16_t>(a)}), high = widen(Half{static_cast<uint16_t>(a >> 16)});
-    if (o.relu) low = low > 0 || low != low ? low : 0.0f, high = high > 0 || high != high ? high : 0.0f;
-    w.lanes<uint16_t>(i.slots[0])[l] =
-        static_cast<uint16_t>(encode(low, f, o.rounding, true) | encode(high, f, o.rounding, true) << 8);
-  }
-}
-
-void small_to_halves_run(Warp& w, const Instruction& i) {
-  const Options o = Options::unpack(i.immediate & 0xffff);
-  const Format f = i.immediate >> 16 ? kE5m2Format : kE4m3Format;
-  for (uint32_t m = w.active; m; m &= m - 1) {
-    const int l = first_lane(m);
-    const uint16_t a = w.lanes<uint16_t>(i.slots[1])[l];
-    float low = decode(a & 0xff, f), high = decode(a >> 8, f);
-    if (o.relu) low = low > 0 || low != low ? low : 0.0f, high = high > 0 || high != high ? high : 0.0f;
-    w.lanes<uint32_t>(i.slots[0])[l] = narrow<Half>(low).bits | static_cast<uint32_t>(narrow<Half>(high).bits) << 16;
-  }
-}
-
-void tf32_run(Warp& w, const Instruction& i) {
-  const Options o = Options::unpack(i.immediate);
-  for (uint32_t m = w.active; m; m &= m - 1) {
-    const int l = first_lane(m);
-    float x = w.lanes<float>(i.slots[1])[l];
-    if (o.relu && !(x > 0) && x == x) x = 0;
-    w.lanes<uint32_t>(i.slots[0])[l] = x != x ? 0x7fffffffu : encode(x, kTf32Format, o.rounding, o.finite) << 13;
-  }
-}
-
-void pack_saturated(Decoder& d) {
-  // cvt.pack.sat.to.s32 d, a, b: two to a word; with c, two bytes (or nibbles) are shifted in below.
-  auto& m = d.modifiers();
-  if (!m.take("sat")) d.fail("cvt.pack needs .sat");
-  const Type to = d.require_type();
-  if (d.require_type() != Type::kS32) d.fail("cvt.pack needs .s32 sources");
-  const bool wide = to == Type::kU16 || to == Type::kS16;
-  if (m.take("b32") == wide) d.fail("cvt.pack: .b32 goes with the 8-bit types");
-  if (!wide && to != Type::kU8 && to != Type::kS8)
-    d.fail("type ." + std::string(type_name(to)) + " is not possible here");
-  d.expect_operands(wide ? 3 : 4, wide ? 3 : 4);
-  const uint32_t a = d.source(1, Type::kS32), b = d.source(2, Type::kS32),
-                 c = wide ? d.constant(0, 4) : d.source(3, Type::kB32), r = d.destination(0, Type::kB32);
-  switch (to) {
-    case Type::kU16:
-      d.emit(map<uint32_t, int32_t, int32_t, uint32_t>([](int32_t a, int32_t b, uint32_t) {
-               return static_cast<uint32_t>(std::clamp(a, 0, 65535)) << 16 |
-                      static_cast<uint32_t>(std::clamp(b, 0, 65535));
-             }),
-             {r, a, b, c});
-      return;
-    case Type::kS16:
-      d.emit(map<uint32_t, int32_t, int32_t, uint32_t>([](int32_t a, int32_t b, uint32_t) {
-               return static_cast<uint32_t>(std::clamp(a, -32768, 32767)) << 16 |
-                      (static_cast<uint32_t>(std::clamp(b, -32768, 32767)) & 0xffff);
-             }),
-             {r, a, b, c});
-      return;
-    case Type::kU8:
-      d.emit(map<uint32_t, int32_t, int32_t, uint32_t>([](int32_t a, int32_t b, uint32_t c) {
-               return c << 16 | static_cast<uint32_t>(std::clamp(a, 0, 255)) << 8 |
-                      static_cast<uint32_t>(std::clamp(b, 0, 255));
-             }),
-             {r, a, b, c});
-      return;
-    default:
-      d.emit(map<uint32_t, int32_t, int32_t, uint32_t>([](int32_t a, int32_t b, uint32_t c) {
-               return c << 16 | (static_cast<uint32_t>(std::clamp(a, -128, 127)) & 0xff) << 8 |
-                      (static_cast<uint32_t>(std::clamp(b, -128, 127)) & 0xff);
-             }),
-             {r, a, b, c});
-      return;
-  }
-}
-
 void convert_statement(Decoder& d) {
   auto& m = d.modifiers();
   if (m.take("pack")) return pack_saturated(d);
-  Options o;
+  ConversionOptions o;
   if (const int mode = m.take_one({"rni", "rzi", "rmi", "rpi"}); mode >= 0)
     o.integral = static_cast<Integral>(mode + 1);
   if (const int mode = m.take_one({"rn", "rna", "rz", "rm", "rp"}); mode >= 0)
@@ -356,55 +229,11 @@ void convert_statement(Decoder& d) {
   o.finite = m.take("satfinite");
   o.relu = m.take("relu");
   const Type to = d.require_type(), from = d.require_type();
-  const auto impossible = [&] {
-    d.fail("a conversion from ." + std::string(type_name(from)) + " to ." + type_name(to) + " is not possible");
-  };
 
-  if (to == Type::kF16x2 || to == Type::kBf16x2 || to == Type::kE4m3x2 || to == Type::kE5m2x2) {
-    const bool small_from = from == Type::kE4m3x2 || from == Type::kE5m2x2, small_to = type_bytes(to) == 2;
-    if (from == Type::kF32) {
-      d.expect_operands(3, 3);
-      if (!o.has_rounding) d.fail("a rounding is missing");
-      if (small_to && !o.finite) d.fail(".satfinite is missing");
-      const uint32_t a = d.source(1, from), b = d.source(2, from), r = d.destination(0, to);
-      if (o.pack() == Options{}.pack() && to == Type::kBf16x2)
-        d.emit(map<uint32_t, float, float>([](float a, float b) {
-                 return static_cast<uint32_t>(narrow<Bfloat>(a).bits) << 16 | narrow<Bfloat>(b).bits;
-               }),
-               {r, a, b});
-      else if (o.pack() == Options{}.pack() && to == Type::kF16x2)
-        d.emit(map<uint32_t, float, float>([](float a, float b) {
-                 return static_cast<uint32_t>(narrow<Half>(a).bits) << 16 | narrow<Half>(b).bits;
-               }),
-               {r, a, b});
-      else
-        d.emit(to == Type::kF16x2    ? pack_two_run<Type::kF16x2>
-               : to == Type::kBf16x2 ? pack_two_run<Type::kBf16x2>
-               : to == Type::kE4m3x2 ? pack_two_run<Type::kE4m3x2>
-                                     : pack_two_run<Type::kE5m2x2>,
-               {r, a, b}, o.pack());
-      return;
-    }
-    d.expect_operands(2, 2);
-    if (small_to && from == Type::kF16x2) {
-      if (!o.finite) d.fail(".satfinite is missing");
-      const uint32_t a = d.source(1, from);
-      d.emit(halves_to_small_run, {d.destination(0, to), a}, o.pack() | int64_t{to == Type::kE5m2x2} << 16);
-    } else if (to == Type::kF16x2 && small_from) {
-      const uint32_t a = d.source(1, from);
-      d.emit(small_to_halves_run, {d.destination(0, to), a}, o.pack() | int64_t{from == Type::kE5m2x2} << 16);
-    } else {
-      impossible();
-    }
-    return;
-  }
+  if (to == Type::kF16x2 || to == Type::kBf16x2 || to == Type::kE4m3x2 || to == Type::kE5m2x2)
+    return convert_packed(d, o, to, from);
   d.expect_operands(2, 2);
-  if (to == Type::kTf32) {
-    if (from != Type::kF32 || !o.has_rounding) impossible();
-    const uint32_t a = d.source(1, from);
-    d.emit(tf32_run, {d.destination(0, Type::kB32), a}, o.pack());
-    return;
-  }
+  if (to == Type::kTf32) return convert_tf32(d, o, from);
   const bool to_float = is_float(to), from_float = is_float(from);
   if (to_float && o.integral != Integral::kNone && to != from)
     d.fail("an integral rounding needs an integer result, or equal types");

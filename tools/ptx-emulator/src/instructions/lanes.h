@@ -96,6 +96,8 @@ void with_bits(Decoder& d, Type type, F f) {
 
 inline int first_lane(uint32_t mask) { return std::countr_zero(mask); }
 
+inline void nothing(Warp&, const Instruction&) {}  // a hint, or what only the checks see
+
 void register_integer(InstructionTable& table);
 void register_bits(InstructionTable& table);
 void register_compare(InstructionTable& table);
@@ -103,6 +105,8 @@ void register_move(InstructionTable& table);
 void register_floating(InstructionTable& table);
 void register_conversion(InstructionTable& table);
 void register_memory(InstructionTable& table);
+void register_atomic(InstructionTable& table);
+void register_async_copy(InstructionTable& table);
 void register_warp(InstructionTable& table);
 void register_tensor(InstructionTable& table);
 void register_mbarrier(InstructionTable& table);

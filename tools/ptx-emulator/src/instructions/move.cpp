@@ -63,6 +63,20 @@ void move_vector(Decoder& d, Type type) {
   d.emit(handler, slots);
 }
 
+// Addresses in the frame's local memory and in parameter space are relative to where those begin.
+bool in_frame_or_parameters(Decoder& d, const Operand& o) {
+  return o.kind == Operand::Kind::kVariable &&
+         (d.code().local_offsets.contains(o.variable) || o.variable->space == Space::kParam);
+}
+
+Decoder::Address address_of(Decoder& d, const Operand& variable) {
+  Operand wrapped;
+  wrapped.kind = Operand::Kind::kAddress;
+  wrapped.elements.push_back(variable);
+  wrapped.offset = variable.offset;
+  return d.address(wrapped, Space::kGeneric);
+}
+
 void move(Decoder& d) {
   const Type type = d.require_type();
   d.expect_operands(2, 2);
@@ -122,14 +136,8 @@ void move(Decoder& d) {
       return;
     }
   }
-  // Addresses in the frame's local memory and in parameter space are relative to where those begin.
-  if (from.kind == Operand::Kind::kVariable &&
-      (d.code().local_offsets.contains(from.variable) || from.variable->space == Space::kParam)) {
-    Operand wrapped;
-    wrapped.kind = Operand::Kind::kAddress;
-    wrapped.elements.push_back(from);
-    wrapped.offset = from.offset;
-    const Decoder::Address address = d.address(wrapped, Space::kGeneric);
+  if (in_frame_or_parameters(d, from)) {
+    const Decoder::Address address = address_of(d, from);
     if (type_bytes(type) == 4)
       d.emit(map<uint32_t, uint64_t, uint32_t>([](uint64_t a, uint32_t b) { return static_cast<uint32_t>(a) + b; }),
              {r, address.base, d.constant(static_cast<uint64_t>(address.offset), 4)});
@@ -153,13 +161,8 @@ void convert_address(Decoder& d) {
   d.expect_operands(2, 2);
   const Operand& from = d.operand(1);
   uint32_t a;
-  if (from.kind == Operand::Kind::kVariable &&
-      (d.code().local_offsets.contains(from.variable) || from.variable->space == Space::kParam)) {
-    Operand wrapped;
-    wrapped.kind = Operand::Kind::kAddress;
-    wrapped.elements.push_back(from);
-    wrapped.offset = from.offset;
-    const Decoder::Address address = d.address(wrapped, Space::kGeneric);
+  if (in_frame_or_parameters(d, from)) {
+    const Decoder::Address address = address_of(d, from);
     a = d.temporary(8);
     d.emit(map<uint64_t, uint64_t, uint64_t>([](uint64_t x, uint64_t y) { return x + y; }),
            {a, address.base, d.constant(static_cast<uint64_t>(address.offset), 8)});

@@ -12,6 +12,8 @@ InstructionTable make_table() {
   register_floating(table);
   register_conversion(table);
   register_memory(table);
+  register_atomic(table);
+  register_async_copy(table);
   register_warp(table);
   register_tensor(table);
   register_mbarrier(table);

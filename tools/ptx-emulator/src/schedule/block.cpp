@@ -1,8 +1,7 @@
-// Who runs when in a block: groups of lanes, warps; and where they stand.
+// Who runs when in a block: groups of lanes, and warps.
 #include "schedule/block.h"
 
-#include <algorithm>
-#include <cstring>
+#include <utility>
 
 namespace ptx_emulator {
 
@@ -12,14 +11,6 @@ constexpr uint64_t kSlice = 20000;  // warp instructions after which a loop lets
 constexpr uint32_t kPollsPerSlice = 32;
 
 }  // namespace
-
-std::string place(const Block& block, const Warp& w, uint32_t lanes) {
-  char text[160];
-  const Dim3& b = block.id;
-  std::snprintf(text, sizeof(text), "kernel '%s', block (%u, %u, %u), warp %u, lanes 0x%08x",
-                block.grid->request.kernel->name.substr(0, 60).c_str(), b.x, b.y, b.z, w.index, lanes);
-  return text;
-}
 
 // Runs lanes until they wait, exit, or have had their turn.
 template <bool kChecked>
@@ -54,22 +45,8 @@ void Block::run_group(Warp& w, ConvergenceGroup f) {
     if (pc == stop) return arrive(w, join, mask);
     if (pc >= end) {
       if (!frame->caller) return exit_lanes(w, mask, join, frame);
-      const Call& call = *frame->call;
       Frame* callee = frame;
-      const auto& formals = callee->code->function->returns;
-      for (uint32_t m = mask; m; m &= m - 1) {
-        uint8_t* local = w.local + size_t(std::countr_zero(m)) * w.local_stride;
-        for (size_t k = 0; k < call.results.size() && k < formals.size(); ++k) {
-          const uint32_t from = callee->code->local_offsets.at(formals[k]);
-          std::memcpy(local + callee->caller->local_base + call.results[k].to, local + callee->local_base + from,
-                      std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes));
-          if constexpr (kChecked)
-            grid->checker->copy_local(
-                w, static_cast<uint32_t>(std::countr_zero(m)), callee->caller->local_base + call.results[k].to,
-                callee->local_base + from,
-                static_cast<uint32_t>(std::min<uint64_t>(call.results[k].bytes, formals[k]->bytes)));
-        }
-      }
+      return_results(w, *callee, mask);
       pc = callee->return_pc;
       callee->lanes &= ~mask;
       enter(callee->caller);
@@ -183,45 +160,15 @@ void Block::run_group(Warp& w, ConvergenceGroup f) {
           uint32_t same = 0;
           for (uint32_t m = mask; m; m &= m - 1)
             same |= static_cast<uint32_t>(pointers[std::countr_zero(m)] == chosen) << std::countr_zero(m);
-          const auto& codes = grid->request.kernel->codes;
-          const auto known = codes.find(reinterpret_cast<const Function*>(chosen));
-          if (known == codes.end() || known->second->entry)
-            throw KernelFault{kInvalidPc, "an indirect call to no function"};
-          callee = known->second.get();
-          if (callee->function->parameters.size() != call.arguments.size())
-            throw KernelFault{kInvalidPc, "an indirect call to a function with other parameters"};
+          callee = &function_at(chosen, call);
           if (same != mask) {
             join_at(make_join(w, frame, pc + 1, mask, 0, join));
             w.ready.push_front({pc, mask & ~same, frame, join});
             mask = same;
           }
         }
-        Frame* next = make_frame(w, *callee);
-        next->caller = frame;
-        next->call = &call;
+        Frame* const next = begin_call(w, call, *callee, frame, mask);
         next->return_pc = pc + 1;
-        next->local_base = frame->local_base + frame->code->local_bytes;
-        next->lanes = mask;
-        if (uint64_t{next->local_base} + callee->local_bytes > w.local_stride)
-          throw KernelFault{kLaunchFailure, "stack overflow"};
-        const auto& formals = callee->function->parameters;
-        for (uint32_t m = mask; m; m &= m - 1) {
-          uint8_t* local = w.local + size_t(std::countr_zero(m)) * w.local_stride;
-          for (size_t k = 0; k < call.arguments.size(); ++k)
-            std::memcpy(local + next->local_base + callee->local_offsets.at(formals[k]),
-                        local + frame->local_base + call.arguments[k].from,
-                        std::min<uint64_t>(call.arguments[k].bytes, formals[k]->bytes));
-        }
-        fill_presets(w, *next);
-        if constexpr (kChecked) {
-          grid->checker->new_frame(w, *next, mask);
-          for (uint32_t m = mask; m; m &= m - 1)
-            for (size_t k = 0; k < call.arguments.size(); ++k)
-              grid->checker->copy_local(
-                  w, static_cast<uint32_t>(std::countr_zero(m)),
-                  next->local_base + callee->local_offsets.at(formals[k]), frame->local_base + call.arguments[k].from,
-                  static_cast<uint32_t>(std::min<uint64_t>(call.arguments[k].bytes, formals[k]->bytes)));
-        }
         enter(next);
         join_at(join);
         pc = 0;
@@ -382,51 +329,6 @@ bool Block::gives_up(const Instruction& i) {
   LaunchChecker& checker = *grid->checker;
   return i.count == static_cast<uint16_t>(MbarrierUse::kTry) && checker.settings.schedule != Schedule::kRoundRobin &&
          checker.random() % 8 == 0;
-}
-
-// The finding names a thread that waits, and where.
-void Block::report_deadlock(const std::string& message) const {
-  for (const Barrier& b : barriers)
-    for (const Waiting& entry : b.waiting) return grid->checker->deadlock(message, *entry.warp, entry.group);
-  for (const Waiting& entry : waits) return grid->checker->deadlock(message, *entry.warp, entry.group);
-  for (const auto& w : warps)
-    for (const auto* list : {&w->parked})
-      for (const ConvergenceGroup& f : *list) return grid->checker->deadlock(message, *w, f);
-  for (const auto& w : warps)
-    for (const ConvergenceGroup& f : w->ready) return grid->checker->deadlock(message, *w, f);
-  for (const auto& w : warps)
-    for (const Join* j : w->joins)
-      if (j->arrived) return grid->checker->deadlock(message, *w, {j->pc, j->arrived, j->frame, nullptr});
-}
-
-std::string Block::where() const {
-  std::string text;
-  for (const auto& w : warps) {
-    const auto add = [&](const char* state, const ConvergenceGroup& f) {
-      if (text.size() > 3000) return;
-      const auto& code = *f.frame->code;
-      text += "\n  " + place(*this, *w, f.mask) + " " + state + " at " +
-              (f.pc < code.instructions.size() ? describe(code, code.instructions[f.pc]) : std::string("its end"));
-    };
-    for (const ConvergenceGroup& f : w->ready) add("runs", f);
-    for (const ConvergenceGroup& f : w->parked) add("waits for other lanes", f);
-    for (const Join* j : w->joins)
-      if (j->arrived) add("waits to reconverge", {j->pc, j->arrived, j->frame, nullptr});
-    for (const Waiting& entry : waits)
-      if (entry.warp == w.get())
-        add(entry.instruction->kind == Kind::kWait
-                ? "waits for a phase of an mbarrier"
-                : ("waits for registers (" + std::to_string(free_registers) + " are free)").c_str(),
-            entry.group);
-    for (size_t k = 0; k < barriers.size(); ++k)
-      for (const Waiting& entry : barriers[k].waiting)
-        if (entry.warp == w.get())
-          add(("waits at barrier " + std::to_string(k) + " (" + std::to_string(barriers[k].arrived) + " threads of " +
-               std::to_string(barriers[k].expected ? barriers[k].expected : live) + ")")
-                  .c_str(),
-              entry.group);
-  }
-  return text;
 }
 
 }  // namespace ptx_emulator

@@ -86,6 +86,10 @@ struct Block {
   bool gives_up(const Instruction& i);
   bool land_copies(bool idle, bool spinning);
   bool set_registers(Warp& w, const Instruction& i);
+  const Code& function_at(uint64_t pointer, const Call& call) const;
+  Frame* begin_call(Warp& w, const Call& call, const Code& callee, Frame* caller, uint32_t lanes);
+  void return_results(Warp& w, const Frame& callee, uint32_t lanes);
+  void copy_local(Warp& w, uint32_t lanes, uint32_t to, uint32_t from, uint64_t bytes);
   void call_builtin(Warp& w, const Call& call, Frame* frame, uint32_t mask);
   uint8_t* resolve(Warp& w, int lane, uint64_t address);
 };
