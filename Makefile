@@ -12,10 +12,10 @@ SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 demo: $(SMOLLM2)
 	@$(BIN)/python bench/demo.py $(SMOLLM2)
 
-# Two processes share the tests. The slowest tests, and those that were skipped by reason, are printed at the end;
-# a skip for another reason than those listed in python_tests/skips.toml is a failure.
+# Two processes share the tests and the cores, so a thread that waits must not spin. The slowest tests, and those that were skipped by
+# reason, are printed at the end; a skip for another reason than those listed in python_tests/skips.toml is a failure.
 test: .venv/smollm2 .venv/gemma .venv/ptx-emulator
-	$(BIN)/python -m pytest --durations=15 --numprocesses=2 --dist=worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --durations=15 --numprocesses=2 --dist=worksteal
 
 # What ships: an sdist, a wheel made of it, and the operation tests on that wheel, installed in an environment of its own.
 test-wheel: .venv/ptx-emulator
@@ -28,7 +28,7 @@ test-wheel: .venv/ptx-emulator
 	rm -rf build/wheel-tests && cp -r python_tests build/wheel-tests
 	touch build/wheel-tests/pytest.ini  # so that pytest takes nothing of the folders above
 	export PTX_EMULATOR_PATH=$$($(BIN)/python -c "import ptx_emulator; print(ptx_emulator.library_path())"); \
-	cd build/wheel-tests && PYTHONPATH=.:$(CURDIR)/tools/ptx-emulator ../wheel-venv/bin/python -m pytest -p skips -q --numprocesses=2 --dist=worksteal \
+	cd build/wheel-tests && OMP_WAIT_POLICY=passive PYTHONPATH=.:$(CURDIR)/tools/ptx-emulator ../wheel-venv/bin/python -m pytest -p skips -q --numprocesses=2 --dist=worksteal \
 	  test_ops.py test_ops_attention.py test_ops_projections.py test_cuda_ops.py test_cuda_attention.py test_cuda_runtime.py \
 	  -k "not on_sm_86 and not properties"
 

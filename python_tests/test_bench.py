@@ -96,19 +96,24 @@ def test_json_lines(folder):
     assert all(line["relative"] == 1 for line in lines if line["engine"] == "pop" and line["prefill_depth"] == 4)
 
 
-def test_a_peer_runs_with_the_fastest_of_its_settings(folder, monkeypatch):
+@pytest.mark.parametrize("slow, fast", [("sdpa", "eager"), ("eager", "sdpa")])
+def test_a_peer_runs_with_the_fastest_of_its_settings(folder, monkeypatch, slow, fast):
+    """Whichever is tried first. The whole comparison takes what was found, and its lines say so."""
     peer = prefill.Peer("transformers", str(folder), [{"attention": "sdpa"}, {"attention": "eager"}])
     run = workers.Worker.run
-    for slow, fast in (("sdpa", "eager"), ("eager", "sdpa")):
 
-        def slowed(self, slow=slow, **command):
-            answer = run(self, **command)
-            factor = 100 if f'"{slow}"' in " ".join(self.process.args) else 1
-            return answer | {key: factor * answer[key] for key in answer if key.endswith("_seconds")}
+    def slowed(self, **command):
+        answer = run(self, **command)
+        factor = 100 if f'"{slow}"' in " ".join(self.process.args) else 1
+        return answer | {key: factor * answer[key] for key in answer if key.endswith("_seconds")}
 
-        monkeypatch.setattr(workers.Worker, "run", slowed)
+    monkeypatch.setattr(workers.Worker, "run", slowed)
+    if slow == "sdpa":
         lines = prefill.compare(str(folder), [peer], prompt_tokens=[8], rounds=1, decode_tokens=1)
         assert [line["settings"] for line in lines if line["engine"] == "transformers"] == [{"attention": fast}]
+    else:
+        plan = prefill.Plan([8], 1, 1, 0, False, print)
+        assert prefill.fastest_settings(peer, "float32", plan) == {"attention": fast}
 
 
 def test_a_low_share_of_the_machine_is_said(folder, capsys):
