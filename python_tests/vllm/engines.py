@@ -102,7 +102,7 @@ def log_probabilities(model, prompts: list[list[int]], continuations: list[list[
 
 
 def differences(outputs, model, greedy: bool = True) -> list[float]:
-    """For each output how far the log-probabilities of its 20 likeliest tokens are from the model's, at most, in nats;
+    """For each output how far the log-probabilities of its 20 likeliest tokens are from the model's, at most, in nats.
     `greedy`: AssertionError for a token that is not the model's greedy one, and no tie with it either.
     """
     found = []
