@@ -155,7 +155,8 @@ def load_encoder(model: str, any_model: bool = False):
 
 def expect_template(model: str) -> None:
     """ValueError, before any weights are loaded, for a model that has no way to tell a chat."""
-    if not load_encoder(model).tokenizer.chat_template:
+    tokenizer: Any = load_encoder(model).tokenizer
+    if not tokenizer.chat_template:
         raise ValueError(f"{model} has no chat template: use `pop generate` with --no-chat")
 
 
