@@ -117,7 +117,11 @@ def verify(
     seed: int = 0,
     progress=lambda done, total, note="": None,
 ) -> Verification:
-    """Checks what a prefill depth, with the model's calibration and deep tokens, is safe for (see `verification`).
+    """Checks what a prefill depth, with the model's calibration and deep tokens, is safe for.
+
+    Chat, prose, code and maths are safe where the KL from the full model is 0.1 nats a token or less, by the upper end
+    of its 95% interval; retrieval where 95%, copying where 80% of the full model's right answers stay right (of fewer
+    than 4 the KL decides). The verdict is "safe" where all six are, "partly safe" where some are, else "not safe".
 
     prefill_depth: by default the model's own. prompts, prompt_tokens: of each use, and tokens of a prompt (at most, of
     chats). progress: called with what is done, the total, and a note. ValueError for a depth of all layers, and where
