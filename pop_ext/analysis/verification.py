@@ -117,7 +117,11 @@ def verify(
     seed: int = 0,
     progress=lambda done, total, note="": None,
 ) -> Verification:
-    """Checks what a prefill depth, with the model's calibration and deep tokens, is safe for (see `verification`).
+    """Checks what a prefill depth, with the model's calibration and deep tokens, is safe for.
+
+    Chat, prose, code and maths are safe where the KL from the full model is 0.1 nats a token or less, by the upper end
+    of its 95% interval; retrieval where 95%, copying where 80% of the full model's right answers stay right (of fewer
+    than 4 the KL decides). The verdict is "safe" where all six are, "partly safe" where some are, else "not safe".
 
     prefill_depth: by default the model's own. prompts, prompt_tokens: of each use, and tokens of a prompt (at most, of
     chats). progress: called with what is done, the total, and a note. ValueError for a depth of all layers, and where
@@ -143,6 +147,7 @@ def verify(
 
 def calibration_problem(model: Model, depth: int) -> str | None:
     """What no calibration of this model can have: layer P's own input is exact, and so are its projections."""
+    assert model.calibration is not None
     held = model.calibration.at(depth)[0][0].float()
     own = model.weights.projections_from(depth)[0].float()
     size = own.shape[1]
@@ -161,12 +166,17 @@ def _check(use: str, scores: np.ndarray, seed: int) -> Check:
     """Of `score` for every prompt, [prompts, 2, 5]: the full model's and the truncated one's."""
     resamples = np.random.default_rng(seed).integers(len(scores), size=(RESAMPLES, len(scores)))
     kl_ci95 = interval(scores[:, 1, 1], resamples)
-    full_right = kept = None
-    if use in MIN_KEPT:
-        right = scores[:, :, 4] > 0
-        full_right, kept = int(right[:, 0].sum()), int(right.all(1).sum())
+    right, answers = scores[:, :, 4] > 0, use in MIN_KEPT
+    full_right, kept = int(right[:, 0].sum()), int(right.all(1).sum())
     check = Check(
-        use, len(scores), float(scores[:, 1, 1].mean()), kl_ci95, float(scores[:, 1, 3].mean()), full_right, kept, False
+        use=use,
+        prompts=len(scores),
+        kl=float(scores[:, 1, 1].mean()),
+        kl_ci95=kl_ci95,
+        top1_agreement=float(scores[:, 1, 3].mean()),
+        full_right=full_right if answers else None,
+        kept=kept if answers else None,
+        safe=False,
     )
     check.safe = kept >= MIN_KEPT[use] * full_right if check.counts else kl_ci95[1] <= MAX_KL
     return check
