@@ -1,6 +1,7 @@
 """What deep tokens gain and cost: fidelity on text, retrieval and copying, against prefill's processor time.
 
 python bench/deep_tokens.py MODEL_FOLDER --calibration FILE --text FILE [--prefill-depth 20 ...] [--deep-tokens 0.1 ...]
+    [--output FILE]
 
 Prompts of 256 tokens. Processor time is of prefill, all threads together, all shares in turn, medians of rounds as
 shares of full depth's: other programs disturb it less than wall time. Multiplications are counted.
@@ -8,7 +9,6 @@ shares of full depth's: other programs disturb it less than wall time. Multiplic
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from pop_ext.analysis.evaluation import RESAMPLES, interval, score, time_prefill
 from pop_ext.analysis.speed import processor_name
 from pop_ext.analysis.tasks import synthetic_task
 from pop_ext.analysis.text import read_text, windows
+from pop_ext.checkpoints.files import atomic_write
 
 PROMPT, CONTINUATION, ROUNDS = 256, 24, 5
 
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--prefill-depth", type=int, nargs="+", help="layers; by default all of the calibration")
     parser.add_argument("--deep-tokens", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2], metavar="SHARE")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--output", type=Path, help="also write the rows to this file, as JSON")
     arguments = parser.parse_args()
 
     model = pop_ext.load(arguments.model, calibration=arguments.calibration, prefill_depth=1.0)
@@ -104,9 +105,8 @@ def main() -> None:
         cells += [f"{retrieval['kl']:.3f}", f"{copying['kl']:.3f}", f"{copying['first_token_kl']:.2f}"]
         cells += [f"{task['kept']} of {task['full_right']}" for task in (retrieval, copying)]
         print(f"| {' | '.join([*cells, f'{ratio:.2f}', f'{count:.2f}'])} |")
-    sys.stdout.flush()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.output:
+        atomic_write(arguments.output, lambda file: Path(file).write_text(json.dumps(rows, indent=1) + "\n"))
 
 
 if __name__ == "__main__":
