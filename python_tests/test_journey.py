@@ -37,7 +37,7 @@ def plain(shown: str) -> str:
 
 
 def test_tune_says_what_to_do(tuned):
-    for part in ("tuning: calibrating depths 2, 3, 4", "evaluating depths", "timing depths"):
+    for part in ("tuning: calibrating depths 2, 3, 4", "evaluating depths", "timing depths", "verifying chat"):
         assert part in plain(tuned)
     result = tuned[tuned.index("MODEL: 8 held-out prompts of 100 tokens") :]
     assert max(len(line.rstrip()) for line in result.splitlines() if "pop generate" not in line) <= 80
@@ -51,6 +51,7 @@ def test_tune_says_what_to_do(tuned):
         r"\d\.\d{4} with own weights\), and the likeliest next token is the full model's at \d+\.\d% of all tokens",
         text,
     )
+    assert re.search(r"Uses, by 8 prompts of each.*: (Not safe|Safe)[ :].* depth 2 of 6", text)
     table = re.findall(r"^ ?(\d+)( \*)? +(\S+ ± \S+) +(\S+ ± \S+) +(\S+ ± \S+) +(\S+ ± \S+) *$", result, re.M)
     assert [(depth, mark.strip()) for depth, mark, *_ in table] == [("2", "*"), ("3", ""), ("4", "")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -19,6 +20,7 @@ from pop_ext.checkpoints.calibration import Calibration, default_depth
 
 TEXT = " ".join(f"Line {i} says {i * i}." for i in range(1200))
 SIZES = {"tokens": 3000, "prompts": 8, "prompt_tokens": 100, "continuation_tokens": 12}
+RUN = {**SIZES, "verify": False}
 
 
 def chat(i: int) -> list[dict]:
@@ -126,7 +128,7 @@ def test_bos_is_not_doubled(folder):
 def test_figures_are_those_of_evaluate(model, tmp_path):
     """And the file holds the candidates, each as it is when calibrated alone, and the recommendation."""
     path = tmp_path / "t.safetensors"
-    result = pop_ext.tune(model, [TEXT], depths=[2, 4], max_kl=100, output=path, **SIZES)
+    result = pop_ext.tune(model, [TEXT], depths=[2, 4], max_kl=100, output=path, **RUN)
     assert result.recommended == 2 == default_depth(path) and model.calibration is None
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     fit, held_out = Data(TEXT).split(model, *SIZES.values())
@@ -157,7 +159,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("where", ["evaluating", "timing"])
 def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch, where):
     """It computes no prompt twice and ends with the same figures; a run of other data or options starts anew."""
-    once = pop_ext.tune(model, [TEXT], depths=[3], **SIZES)
+    once = pop_ext.tune(model, [TEXT], depths=[3], **RUN)
     path, scored = tmp_path / "t.safetensors", []
     score, calibrate = evaluation.score, calibrations.calibrate
     monkeypatch.setattr(evaluation, "score", lambda *a: scored.append(a[1]) or score(*a))
@@ -168,7 +170,7 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch, where):
             raise Stop
 
     def again(text=TEXT, depths=(3,), **settings):
-        return pop_ext.tune(model, [text], depths=depths, output=path, **(SIZES | settings))
+        return pop_ext.tune(model, [text], depths=depths, output=path, **(RUN | settings))
 
     with pytest.raises(Stop):
         again(progress=stop)
@@ -192,7 +194,7 @@ def test_an_interrupted_pass_goes_on(model, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(calibrations, "BATCH", 1)
     monkeypatch.setattr(normal_equations, "SAVE_SECONDS", 0)
     monkeypatch.setattr(normal_equations, "SAVE_SHARE", math.inf)
-    once = pop_ext.tune(model, [TEXT], depths=[2, 4], **SIZES)
+    once = pop_ext.tune(model, [TEXT], depths=[2, 4], **RUN)
     path, ran, run = tmp_path / "t.safetensors", [], model.hidden_states
     monkeypatch.setattr(model, "hidden_states", lambda *a: ran.append(a[0]) or run(*a))
     windows = once.calibration.provenance["windows"]
@@ -205,7 +207,7 @@ def test_an_interrupted_pass_goes_on(model, tmp_path, monkeypatch, caplog):
         return stop
 
     def tune_to(path, depths=(2, 4), **settings):
-        return pop_ext.tune(model, [TEXT], depths=depths, output=path, **SIZES, **settings)
+        return pop_ext.tune(model, [TEXT], depths=depths, output=path, **RUN, **settings)
 
     for count in (2, windows - 1, windows):  # the last is held out, and what was summed up before it stays
         with pytest.raises(Stop):
@@ -229,11 +231,17 @@ def test_an_interrupted_pass_goes_on(model, tmp_path, monkeypatch, caplog):
 
 def test_progress_grows_to_its_total(model):
     seen = []
-    pop_ext.tune(model, [TEXT], depths=[3], progress=lambda *report: seen.append(report), **SIZES)
+    result = pop_ext.tune(model, [TEXT], depths=[3], max_kl=99, progress=lambda *report: seen.append(report), **SIZES)
     done, totals, notes = zip(*seen, strict=True)
     assert list(done) == sorted(done) and set(totals) == {done[-1]}
-    for part in ("calibrating", "solving", "evaluating", "timing"):
+    for part in ("calibrating", "solving", "evaluating", "timing", "verifying copying"):
         assert any(note.startswith(part) for note in notes), part
+    tuned = copy.copy(model)
+    tuned.calibration = result.calibration
+    alone = pop_ext.verify(tuned, prefill_depth=3, prompts=tune.VERIFIED)
+    assert result.verification.sentences() == alone.sentences() == result.sentences()[-len(alone.sentences()) :]
+    nothing = pop_ext.tune(model, [TEXT], depths=[3], max_kl=1e-9, **SIZES)
+    assert nothing.recommended is None and nothing.verification is None
 
 
 def test_command_on_chats(folder, tmp_path):
@@ -244,7 +252,8 @@ def test_command_on_chats(folder, tmp_path):
     result = pop("tune", folder, *options, "--output", output, "--max-kl", 99, "--plot", tmp_path / "p.png")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found["recommended"] == 2 and found["prompts"] == 9 and (tmp_path / "p.png").stat().st_size > 1000
+    assert found["recommended"] == found["verification"]["prefill_depth"] == 2 and found["prompts"] == 9
+    assert (tmp_path / "p.png").stat().st_size > 1000
     assert found["rows"][1]["speedup"] is None and found["rows"][2]["speedup"] > 0
     for command in (
         ("evaluate", folder, *options, "--calibration", output, "--prompts", 4),

@@ -2,7 +2,7 @@
 
 The data is split. One pass over the first part calibrates all candidate depths; the other part, held out, measures own
 and calibrated projections against the full model; prefill is timed at full depth and at each candidate in turn. Of the
-candidates that keep within the limit, the shallowest is recommended.
+candidates that keep within the limit, the shallowest is recommended, and checked for uses that the data may not have.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import numpy as np
 from ..checkpoints.calibration import FORMAT, Calibration, CalibrationError
 from ..runtime.generation import Model
 from . import calibration as calibrations
-from . import evaluation
+from . import evaluation, uses, verification
 from .evaluation import Fidelity
 from .normal_equations import UnfinishedPass
 from .samples import Pairs
 
 SHARES = (0.4, 0.5, 0.6, 0.67, 0.75, 0.87)  # of the layers: the candidates where none are given
 PROMPT_TOKENS = 512  # of running text, which has no prompts of its own
+VERIFIED = 8  # prompts of each use that the recommended depth is checked on
 MAX_KL = 0.05
 SAVE_SECONDS = 20  # between states of the work file
 METHODS = ("pop_uncalibrated", "pop_calibrated")
@@ -86,6 +87,7 @@ class Tuning:
     prompts: int  # held out
     prompt_tokens: int  # of a prompt, the median
     continued: bool = False  # from the work file of a run that was interrupted
+    verification: verification.Verification | None = None  # of the recommended depth
 
     @property
     def recommended(self) -> int | None:
@@ -116,6 +118,9 @@ class Tuning:
         ]
         if row.speedup_quartiles[0] < 1.05:
             found.append("There is little to gain at this prompt length: POP speeds up long prompts.")
+        if self.verification is not None:
+            found.append(f"Uses, by {VERIFIED} prompts of each, which is a rough check (`pop verify` takes more):")
+            found += self.verification.sentences()
         return found
 
     def _nothing_found(self) -> list[str]:
@@ -135,6 +140,7 @@ class Tuning:
             "prompts": self.prompts,
             "prompt_tokens": self.prompt_tokens,
             "continued": self.continued,
+            "verification": None if self.verification is None else self.verification.to_json(),
             "calibration_tokens": self.calibration.provenance["tokens"],
             "rows": evaluation.to_json(self.rows),
         }
@@ -158,18 +164,21 @@ def tune(
     *,
     rank: int | None = None,
     seed: int = 0,
+    verify: bool = True,
     output: str | Path | None = None,
     progress: Progress = lambda done, total, note="": None,
 ) -> Tuning:
-    """Calibrates `depths` on `fit`, measures them on `held_out`, and recommends one by `goal`. With `output` the
-    calibration is written there, and a run that was interrupted goes on where it was: the file `output` + ".tuning"
-    keeps its state, and is gone when all is done.
+    """Calibrates `depths` on `fit`, measures them on `held_out`, recommends one by `goal`, and checks what that is safe
+    for. With `output` the calibration is written there, and a run that was interrupted goes on where it was: the file
+    `output` + ".tuning" keeps its state, and is gone when all is done.
     """
     depths = sorted(set(depths))
     start = time.perf_counter()
     rounds = (len(depths) + 1) * (evaluation.ROUNDS + 1)
     # in passes over a window or a prompt, which take about as long
     work = {"calibrate": len(fit), "evaluate": len(held_out) * (2 * len(depths) + 1), "time": rounds}
+    verify = verify and model.spec.max_position_embeddings >= verification.PROMPT_TOKENS + uses.CONTINUATION
+    work["verify"] = 2 * VERIFIED * len(uses.USES) if verify else 0
     total, at = sum(work.values()), f"depths {', '.join(map(str, depths))}"
     key = _key(model, fit, held_out, depths, rank, seed)
     state = _State.load(output, key, model)
@@ -197,7 +206,9 @@ def tune(
             state.save_now_and_then()
     finally:
         state.save()
-    seconds = _seconds(runs, held_out, visuals, lambda done: progress(total - rounds + done, total, f"timing {at}"))
+    at_least = total - work["verify"]
+    timed = lambda done: progress(at_least - rounds + done, total, f"timing {at}")  # noqa: E731
+    seconds = _seconds(runs, held_out, visuals, timed)
     rows = evaluation.summarise(runs, np.array(state.scores), seconds, seed)
     calibration = state.calibration
     calibration.provenance |= {
@@ -206,6 +217,13 @@ def tune(
         "anchor_tokens": model.anchor_tokens,
     }
     result = Tuning(calibration, rows, goal, len(held_out), held_out.prompt_tokens, continued)
+    if verify and result.recommended is not None:
+        variant.calibration = calibration.to(model.device)
+        result.verification = verification.verify(
+            variant, prefill_depth=result.recommended, prompts=VERIFIED, seed=seed,
+            progress=lambda done, _, use="": progress(at_least + 2 * done, total, f"verifying {use}"),
+        )  # fmt: skip
+    progress(total, total, "done")
     calibration.provenance["tuning"] = result.to_json()
     if output is not None:
         calibration.save(output)

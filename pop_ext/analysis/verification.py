@@ -23,6 +23,7 @@ from ..runtime.generation import Model
 from .evaluation import RESAMPLES, interval, score
 from .uses import USES, use_pairs
 
+PROMPT_TOKENS = 256
 MAX_KL = 0.1  # nats a token
 MIN_KEPT = {"retrieval": 0.95, "copying": 0.8}
 LEAST_RIGHT = 4  # answers
@@ -113,7 +114,7 @@ def verify(
     *,
     prefill_depth: int | float | None = None,
     prompts: int = 20,
-    prompt_tokens: int = 256,
+    prompt_tokens: int = PROMPT_TOKENS,
     seed: int = 0,
     progress=lambda done, total, note="": None,
 ) -> Verification:

@@ -41,6 +41,7 @@ def tune(
     continuation_tokens: int = 64,
     rank: int | None = None,
     seed: int = 0,
+    verify: bool = True,
     output: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> Tuning:
@@ -54,6 +55,8 @@ def tune(
         the greatest whose prefill is so many times as fast.
     tokens: to calibrate on at most. prompts, prompt_tokens, continuation_tokens: what is measured on; chats have
         prompts of their own length. rank: features of the token before (64), 0 for none.
+    verify: check what the recommended depth is safe for, on a few prompts of each use, as `pop_ext.verify` does. A
+        model whose context is shorter than its prompts is not checked.
     output: where to write the calibration; a run that was interrupted then goes on from `output` + ".tuning".
     progress: called with what is done, the total, and a note.
     Returns a Tuning with the calibration, the recommended depth (None where no candidate will do), and the figures.
@@ -68,7 +71,9 @@ def tune(
     fit, held_out = data.split(model, tokens, prompts, prompt_tokens, continuation_tokens)
     for pairs in (fit, held_out):
         pairs.encode_images(model, progress)
-    return tuning.tune(model, fit, held_out, resolved, goal, rank=rank, seed=seed, output=output, progress=progress)
+    return tuning.tune(
+        model, fit, held_out, resolved, goal, rank=rank, seed=seed, verify=verify, output=output, progress=progress
+    )
 
 
 def default_data(model: Model, tokens: int, seed: int = 0, progress: Progress = no_progress) -> Data:

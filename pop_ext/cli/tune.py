@@ -66,6 +66,7 @@ def tune(
     boundary_tokens: Boundary = 1,
     anchor_tokens: Anchor = 1,
     seed: Seed = 0,
+    verify: Annotated[bool, typer.Option(help="Check what the recommended depth is safe for.")] = True,
     dtype: Annotated[DType, typer.Option(help="Data type of the model.")] = DType.bfloat16,
     device: Device = DeviceName.auto,
     plot: Plot = None,
@@ -73,9 +74,9 @@ def tune(
 ) -> None:
     """Find the prefill depth that is safe for a model on your text, and calibrate for it.
 
-    Calibrates several depths on three quarters of the data, measures them on the rest, times prefill, and recommends
-    one. The file goes to `--calibration` of the other commands. A run that was interrupted goes on when it is started
-    again. Without --text or --chats, on text that the model writes itself.
+    Calibrates several depths on three quarters of the data, measures them on the rest, times prefill, recommends one,
+    and checks what it is safe for. The file goes to `--calibration` of the other commands. A run that was interrupted
+    goes on when it is started again. Without --text or --chats, on text that the model writes itself.
     """
     check_outputs(output, plot=plot)
     from ..analysis import evaluation, workflows
@@ -96,7 +97,8 @@ def tune(
     encode_images(loaded, *parts)
     try:
         with progress_bar("tuning:") as report:
-            result = tuning.tune(loaded, *parts, depths, goal, rank=rank, seed=seed, output=output, progress=report)
+            options = {"rank": rank, "seed": seed, "verify": verify, "output": output}
+            result = tuning.tune(loaded, *parts, depths, goal, **options, progress=report)
     except KeyboardInterrupt:
         stderr.print("pop: interrupted; the same command goes on from here", markup=False)
         raise
