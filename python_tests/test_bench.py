@@ -197,7 +197,7 @@ import gpu
 _, _, started, report = sys.argv
 command = ["sh", "-c", "echo $$ >$0.new; mv $0.new $0; sleep 600", started]
 gpu.PARTS["tests"] = lambda part: part.run("wait", command)
-sys.argv[1:] = ["--rehearse", "--json", report, "tests"]
+sys.argv[1:] = ["--rehearse", "--output", report, "tests"]
 gpu.main()
 """
 
@@ -253,7 +253,7 @@ def test_depth(folder):
     for line in lines:
         fast, slow = line["seconds_range"]
         assert fast <= line["seconds"] <= slow
-        assert set(line["stages_seconds"]) == {"truncated_prefill", "projection", "boundary"}
+        assert set(line["stages_seconds"]) == {"truncated_prefill", "selection", "projection", "boundary"}
         assert 0 < sum(line["stages_seconds"].values()) < 2 * slow
         assert line["relative"] > 0 and line["gemm_share"] > 0
     predicted = [line["predicted_relative"] for line in lines[4:]]

@@ -119,7 +119,7 @@ def test_refinement_is_refused(pair, samples, tmp_path):
         result = pop("calibrate", pair.folder, *source, *options)
         assert result.exit_code == 1 and message in result.stderr
         assert not (tmp_path / "out.safetensors").exists()
-    with pytest.raises(ValueError, match=r"got one with a vision tower \((qwen3_vl|gemma3)\)"):
+    with pytest.raises(ValueError, match=r"the model has a vision tower \((qwen3_vl|gemma3)\), expected"):
         refine(pair.model, None, [[5] * 90] * 2, 1)
 
 
