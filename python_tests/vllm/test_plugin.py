@@ -222,12 +222,11 @@ def test_server(smollm2, tmp_path):
         with pytest.raises(urllib.error.HTTPError, match="400"):
             post(prompt=prompt, max_tokens=1, prompt_logprobs=1)
     finally:
-        server.send_signal(signal.SIGINT)
-        try:
+        server.terminate()
+        with suppress(subprocess.TimeoutExpired):
             server.wait(60)
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
     said = re.findall(r"POP: prompts run through 20 of 30 layers.*own weights", (tmp_path / "log").read_text())
     assert len(said) == 1
 
