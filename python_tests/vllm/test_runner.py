@@ -75,7 +75,8 @@ def test_heads8(heads8, calibrate, depth, calibrated, chunk, block, boundary, an
         model.boundary_tokens, model.anchor_tokens = 1, 1
 
 
-FAMILIES = ["llama_untied_bias", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_gqa"]  # of head sizes that vLLM has on the CPU
+# Of head sizes that vLLM has on the CPU.
+FAMILIES = ["llama_untied_bias", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_gqa"]
 CALIBRATED = ["llama_untied_bias", "mistral", "qwen3", "gemma3_gqa"]  # bias, windows, K-norms, two RoPEs
 
 
