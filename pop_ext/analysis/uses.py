@@ -15,6 +15,7 @@ from .tasks import synthetic_task
 
 USES = ("chat", "prose", "code", "maths", "retrieval", "copying")
 CONTINUATION = 32  # tokens
+CHARACTERS = 8  # of text that are tokenized for each token that is used: more than any tokenizer needs
 MODULES = (  # of the standard library, written by many hands
     "bisect", "calendar", "cmd", "configparser", "csv", "difflib", "fractions", "heapq", "random", "sched", "shelve",
     "statistics", "textwrap", "zipfile",
@@ -33,31 +34,35 @@ Pairs = tuple[list[list[int]], list[list[int]]]
 def use_pairs(use: str, model, prompts: int, prompt_tokens: int, seed: int) -> Pairs:
     """Token ids of `prompts` prompts of a use, and of the continuations that are scored after them."""
     if use in ("retrieval", "copying"):
-        filler, _ = _windows(model, prose(), prompts, prompt_tokens, use)
+        filler, _ = _windows(model, prose, prompts, prompt_tokens, use)
         return synthetic_task(use, filler, model.tokenizer, seed)
     if use == "chat":
         return chats(model, prompts, prompt_tokens)
     if use == "maths":
         return maths(model, prompts, prompt_tokens, seed)
-    return _windows(model, prose() if use == "prose" else code(), prompts, prompt_tokens, use)
+    return _windows(model, prose if use == "prose" else code, prompts, prompt_tokens, use)
 
 
-def prose() -> str:
-    """The running text of Python's help: its lines that are neither code nor headings."""
-    paragraphs = texting.pydoc_text().split("\n\n")
-    return "\n\n".join(" ".join(p.split()) for p in paragraphs if not p.startswith(" ") and len(p) > 200)
+def prose(characters: int) -> str:
+    """Running text of Python's help, neither code nor headings: paragraphs from all of it, about `characters` or what
+    there is.
+    """
+    paragraphs = [p for p in texting.pydoc_text().split("\n\n") if not p.startswith(" ") and len(p) > 200]
+    step = max(1, sum(map(len, paragraphs)) // characters)
+    return "\n\n".join(" ".join(p.split()) for p in paragraphs[::step])
 
 
-def code() -> str:
-    """Sources of the standard library."""
-    return "\n\n\n".join(inspect.getsource(importlib.import_module(name)) for name in MODULES)
+def code(characters: int) -> str:
+    """Sources of the standard library: the beginnings of modules, `characters` in all or what there is."""
+    share = characters // len(MODULES)
+    return "\n\n\n".join(inspect.getsource(importlib.import_module(name))[:share] for name in MODULES)
 
 
 def chats(model, prompts: int, prompt_tokens: int) -> Pairs:
     """Requests about a passage, in the model's chat template where it has one, and the full model's own answers, as
     those are what users read.
     """
-    bos, ids = texting.encode(model.tokenizer, prose())
+    bos, ids = texting.encode(model.tokenizer, prose(CHARACTERS * prompts * prompt_tokens))
     room = max(8, prompt_tokens - 64)  # the rest is the request and the template
     passages = [p[len(bos) :] for p in texting.cut(bos, ids, room + len(bos), prompts, "Python's help")]
     texts = [REQUESTS[i % len(REQUESTS)].format(text=model.tokenizer.decode(p)) for i, p in enumerate(passages)]
@@ -139,7 +144,8 @@ def _savings(name: str, a: int, b: int, c: int) -> tuple[str, str]:
     )
 
 
-def _windows(model, text: str, prompts: int, prompt_tokens: int, use: str) -> Pairs:
+def _windows(model, source: Callable[[int], str], prompts: int, prompt_tokens: int, use: str) -> Pairs:
     length = prompt_tokens + CONTINUATION
+    text = source(CHARACTERS * prompts * length)
     found = texting.windows(model.tokenizer, text, length, prompts, f"the text for {use}")
     return [w[:prompt_tokens] for w in found], [w[prompt_tokens:] for w in found]
