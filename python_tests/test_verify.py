@@ -50,7 +50,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def calibration(model):
-    return pop_ext.calibrate(model, [DEPTH], [uses.prose()[:60_000], uses.code()[:60_000]], tokens=16_000)
+    return pop_ext.calibrate(model, [DEPTH], [uses.prose(60_000), uses.code(60_000)], tokens=16_000)
 
 
 def verified(model, calibration, **settings) -> Verification:
