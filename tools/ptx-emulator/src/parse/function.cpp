@@ -219,20 +219,12 @@ void Parser::directive(Function& f) {
   } else if (is(".local") || is(".shared") || is(".param") || is(".const") || is(".global") || is(".extern")) {
     const bool external = accept(".extern");
     const bool lasting = is(".global") || is(".const");  // function-scope statics live as long as the module
-    Variable head;
-    head.external = external;
-    space_and_type(head);
-    do {
-      auto variable = std::make_unique<Variable>(head);
-      declarator(*variable);
-      if (!lasting) {
-        add_variable(&f, std::move(variable));
-        continue;
-      }
+    declare_variables(external, [&](std::unique_ptr<Variable> variable) {
+      if (!lasting) return add_variable(&f, std::move(variable));
       if (accept("=")) initializer(*variable);
       scopes_.back().variables[variable->name] = variable.get();
       module_.variables.push_back(std::move(variable));
-    } while (accept(","));
+    });
     if (!is(";")) fail("expected ';'");
     advance(true);
   } else if (accept(".loc")) {

@@ -65,23 +65,14 @@ void Parser::linkage_item() {
   }
   if (is(".entry") || is(".func")) return function(external);
   if (is(".global") || is(".const") || is(".shared")) {
-    declare_variables(nullptr, external);
+    declare_variables(external, [&](std::unique_ptr<Variable> variable) {
+      if (accept("=")) initializer(*variable);
+      add_variable(nullptr, std::move(variable));
+    });
+    expect(";");
     return;
   }
   fail("unknown directive '" + std::string(token_.text.substr(0, 60)) + "'");
-}
-
-void Parser::declare_variables(Function* function, bool external) {
-  Variable head;
-  head.external = external;
-  space_and_type(head);
-  do {
-    auto variable = std::make_unique<Variable>(head);
-    declarator(*variable);
-    if (accept("=")) initializer(*variable);
-    add_variable(function, std::move(variable));
-  } while (accept(","));
-  expect(";");
 }
 
 void Parser::add_variable(Function* function, std::unique_ptr<Variable> variable) {

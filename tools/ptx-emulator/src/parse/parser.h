@@ -82,8 +82,19 @@ class Parser {
 
   void linkage_item();
 
-  // `.space [.align n] [.vN] .type name[dims] [= init], ...;` The token is the space directive.
-  void declare_variables(Function* function, bool external);
+  // `.space [.align n] [.vN] .type name[dims] [= init], ...` The token is the space directive. `place` takes each
+  // variable after its declarator, and parses the initial value.
+  template <class Place>
+  void declare_variables(bool external, Place place) {
+    Variable head;
+    head.external = external;
+    space_and_type(head);
+    do {
+      auto variable = std::make_unique<Variable>(head);
+      declarator(*variable);
+      place(std::move(variable));
+    } while (accept(","));
+  }
 
   void add_variable(Function* function, std::unique_ptr<Variable> variable);
 
