@@ -204,6 +204,22 @@ def make_tokenizer():
     return fast
 
 
+def make_damped_llama(folder: Path, first: int, factor: float, **sizes) -> Path:
+    """A random Llama with a tokenizer. Its layers from `first` on do little, as the deep ones of real models: there is
+    a depth to recommend.
+    """
+    config = transformers.LlamaConfig(**COMMON, tie_word_embeddings=True, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    randomise(model, seed=5)
+    with torch.no_grad():
+        for layer in model.model.layers[first:]:
+            layer.self_attn.o_proj.weight *= factor
+            layer.mlp.down_proj.weight *= factor
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def make_chat_folder(checkpoint, tmp_path_factory):
     """A copy of the checkpoint with a tokenizer and a chat template."""
     folder = tmp_path_factory.mktemp("chat") / "model"

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from helpers import COMMON, ROOT, make_tokenizer, randomise
+from helpers import ROOT, make_damped_llama
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 VLLM = (
@@ -68,23 +66,11 @@ def blocks() -> list[Block]:
 
 @pytest.fixture(scope="module")
 def tiny_30(tmp_path_factory) -> Path:
-    """A Llama of 30 layers, as the pages' depths ask for, with a tokenizer. Its deep layers do little, as those of real
-    models: there is a depth that `pop tune` can recommend.
-    """
-    folder = tmp_path_factory.mktemp("docs-model") / "tiny"
-    config = transformers.LlamaConfig(
-        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=30, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True,
+    """Of 30 layers, as the pages' depths ask for."""
+    return make_damped_llama(
+        tmp_path_factory.mktemp("docs-model") / "tiny", 10, 0.02, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=30, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096,
     )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
-    randomise(model, seed=5)
-    with torch.no_grad():
-        for layer in model.model.layers[10:]:
-            layer.self_attn.o_proj.weight *= 0.02
-            layer.mlp.down_proj.weight *= 0.02
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

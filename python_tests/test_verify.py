@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from helpers import COMMON, make_tokenizer, randomise, run_in_terminal
+from helpers import make_damped_llama, run_in_terminal
 from typer.testing import CliRunner
 
 import pop_ext
@@ -26,21 +24,10 @@ OPTIONS = ("--prompts", "8", "--prompt-tokens", "224", "--dtype", "float32")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model whose deep layers do less than its first, as those of real models."""
-    folder = tmp_path_factory.mktemp("verify") / "tiny"
-    config = transformers.LlamaConfig(
-        **COMMON, hidden_size=64, intermediate_size=96, num_hidden_layers=10, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+    return make_damped_llama(
+        tmp_path_factory.mktemp("verify") / "tiny", DEPTH, 0.3, hidden_size=64, intermediate_size=96,
+        num_hidden_layers=10, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
     )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
-    randomise(model, seed=5)
-    with torch.no_grad():
-        for layer in model.model.layers[DEPTH:]:
-            layer.self_attn.o_proj.weight *= 0.3
-            layer.mlp.down_proj.weight *= 0.3
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
