@@ -190,7 +190,7 @@ def test_names_and_reprs(folder, tmp_path):
     assert repr(output.text[0]) in repr(output) and "5 + 3" in repr(output)
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "bench", "evaluate", "tune", "calibrate"])
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "evaluate", "tune", "calibrate", "verify"])
 def test_the_device_reaches_the_model(folder, tmp_path, monkeypatch, command):
     """And one that this machine lacks is refused by the option's name."""
     text = tmp_path / "t.txt"
@@ -202,12 +202,14 @@ def test_the_device_reaches_the_model(folder, tmp_path, monkeypatch, command):
         "evaluate": ("--text", text),
         "tune": ("--text", text, "--output", tmp_path / "c"),
         "calibrate": ("--text", text, "--output", tmp_path / "c", "--prefill-depth", 3),
+        "verify": ("--prefill-depth", 3),
     }[command]
     load, seen = pop_ext.load, []
     monkeypatch.setattr(device, "why_no_cuda", lambda *_: "there is no GPU here")
     monkeypatch.setattr(pop_ext, "load", lambda *a, **k: seen.append(k["device"]) or load(*a, **k))
     result = pop(command, folder, *options, "--device", "cuda")
-    assert result.exit_code == 1 and "--device is 'cuda', but there is no GPU here" in result.stderr, result.stderr
+    assert "--device is 'cuda', but there is no GPU here" in result.stderr, result.stderr
+    assert result.exit_code == (3 if command == "verify" else 1)
     assert seen == ["cuda"] and result.stderr.count("\n") == 1
 
 

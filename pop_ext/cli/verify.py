@@ -10,6 +10,8 @@ from ..runtime.prefill_depth import parse_depth
 from .common import (
     Calibration,
     DeepTokens,
+    Device,
+    DeviceName,
     DType,
     Json,
     Model,
@@ -36,6 +38,7 @@ def verify(
     prompt_tokens: Annotated[int, typer.Option(min=128, help="Tokens of each prompt.")] = 256,
     seed: Seed = 0,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
+    device: Device = DeviceName.auto,
     as_json: Json = False,
 ) -> None:
     """Say what a prefill depth is safe for: chat, prose, code, maths, retrieval, copying.
@@ -46,7 +49,8 @@ def verify(
     if prefill_depth is None and calibration is None:
         raise ValueError("prefill_depth is not given, expected layers or their share, or a calibration with one")
     depth = None if prefill_depth is None else parse_depth(prefill_depth)
-    loaded = load_model(model, dtype, prefill_depth=depth, calibration=calibration, deep_tokens=deep_tokens)
+    stages = {"prefill_depth": depth, "calibration": calibration, "deep_tokens": deep_tokens}
+    loaded = load_model(model, dtype, **stages, device=device)
     from ..analysis.verification import verify
 
     with progress_bar("verifying:") as report:
