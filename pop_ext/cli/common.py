@@ -154,7 +154,15 @@ def load_encoder(model: str, any_model: bool = False):
 
 
 def expect_template(model: str) -> None:
-    """ValueError, before any weights are loaded, for a model that has no way to tell a chat."""
+    """ValueError, before any weights are loaded, for a model that has no way to tell a chat. A tokenizer, which takes
+    seconds where the vocabulary is large, is only loaded where the usual files have no template.
+    """
+    from ..checkpoints.files import resolve_folder
+
+    folder = resolve_folder(model)
+    config = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file() or (config.is_file() and b'"chat_template"' in config.read_bytes()):
+        return
     tokenizer: Any = load_encoder(model).tokenizer
     if not tokenizer.chat_template:
         raise ValueError(f"{model} has no chat template: use `pop generate` with --no-chat")
