@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,14 +141,14 @@ def runs_of(positions: Tensor) -> list[tuple[int, int]]:
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
-def selecting_rows(pieces: list[SequenceChunk]) -> Iterator[tuple[Any, slice]]:
-    """Those pieces of a pass whose turn chooses tokens at its end, and their rows."""
+def selections(pieces: list[SequenceChunk]) -> Iterator[tuple[Selection, int, slice]]:
+    """Of each piece of a pass whose turn chooses tokens at its end: its selection, its first position and its rows."""
     offset = 0
     for piece in pieces:
         rows = slice(offset, offset + piece.end - piece.start)
         offset = rows.stop
         if piece.selection is not None:
-            yield piece, rows
+            yield piece.selection, piece.start, rows
 
 
 def deep_rows(pieces: list[SequenceChunk]) -> tuple[list[int], list[tuple[Sequence, int, int]], list[int]]:

@@ -20,7 +20,7 @@ from ..vision.spans import ImageSpan
 from .checks import check_image_spans, check_token_lists
 from .device import StageTimes
 from .finite import NonFiniteError, check_logits, explained
-from .forward_batch import SequenceChunk, deep_rows, forward_passes, previous_rows, runs_of, selecting_rows
+from .forward_batch import SequenceChunk, deep_rows, forward_passes, previous_rows, runs_of, selections
 from .kv_cache import Sequence, prefix_keys
 from .layers import Layers, in_turn
 from .prefill_depth import resolve_depth
@@ -310,14 +310,14 @@ class PrefillModel(Layers):
         batch.ready(inputs, self.rope)
 
         hidden = self.embed(inputs["token_ids"], batch)
-        selecting = list(selecting_rows(pieces))
+        selecting = list(selections(pieces))
         for layer in range(depth):
-            if selecting and layer in scoring_layers(depth):
-                for piece, rows in selecting:
-                    piece.selection.keep_queries(layer, hidden[rows], piece.start)
+            if layer in scoring_layers(depth):
+                for selection, start, rows in selecting:
+                    selection.keep_queries(layer, hidden[rows], start)
             hidden = self.add_visual(layer, self.layer(layer, hidden, batch), batch)
-        for piece, rows in selecting:
-            piece.selection.keep_hidden(hidden[rows], piece.start)
+        for selection, start, rows in selecting:
+            selection.keep_hidden(hidden[rows], start)
         times.end("truncated_prefill")
 
         before = [piece.sequence.last_hidden for piece in pieces]

@@ -53,7 +53,7 @@ class Selection:
     def keep_queries(self, layer: int, hidden: Tensor, start: int) -> None:
         """hidden [T, D]: before `layer`, of the tokens from `start` on."""
         if (rows := hidden[max(0, self.first_query - start) :]).numel():
-            self.queries.setdefault(layer, []).append(rows)
+            self.queries.setdefault(layer, []).append(rows.clone())  # a view would keep the whole pass
 
     def keep_hidden(self, hidden: Tensor, start: int) -> None:
         """hidden [T, D]: h[P] of the tokens from `start` on."""
@@ -66,9 +66,8 @@ class Selection:
         if self.count < size:
             scores = self.scores(model)
             if (follows := following(self.sequence.token_ids[: self.end])) is not None:
-                scores[max(0, follows - self.start) : max(0, follows + FOLLOWING - self.start)] += (
-                    1  # more than any has
-                )
+                first, last = (max(0, position - self.start) for position in (follows, follows + FOLLOWING))
+                scores[first:last] += 1  # more than any has
             best = scores.argsort(descending=True, stable=True)[: self.count].sort().values
         else:
             best = torch.arange(size)
