@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from pop_ext.checkpoints.files import atomic_write
+
 CONTEXTS = (512, 1024, 2048, 4096)
 
 
@@ -88,7 +90,7 @@ def main() -> None:
             results[task] = json.loads(pop(*common, *methods, "--synthetic-task", task))
             show(f"{task.capitalize()} from the prompt", results[task], exact=True)
     if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        atomic_write(arguments.output, lambda file: Path(file).write_text(json.dumps(results, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pop_ext.analysis.calibration import WINDOW, calibrate
 from pop_ext.analysis.evaluation import evaluate, time_prefill
 from pop_ext.analysis.refinement import refine
 from pop_ext.analysis.text import encode, read_text, windows
+from pop_ext.checkpoints.files import atomic_write
 
 TOKENS, PROMPTS, PROMPT, CONTINUATION = 50_000, 32, 384, 64
 LONG, ROUNDS = 2048, 9
@@ -115,7 +116,7 @@ def main() -> None:
     title = f"{Path(arguments.model).name}, {torch.get_num_threads()} threads"
     show(rows, title, model.spec.num_layers)
     if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+        atomic_write(arguments.output, lambda file: Path(file).write_text(json.dumps(rows, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

@@ -206,9 +206,8 @@ def tune(
             state.save_now_and_then()
     finally:
         state.save()
-    at_least = total - work["verify"]
-    timed = lambda done: progress(at_least - rounds + done, total, f"timing {at}")  # noqa: E731
-    seconds = _seconds(runs, held_out, visuals, timed)
+    before = work["calibrate"] + work["evaluate"]
+    seconds = _seconds(runs, held_out, visuals, lambda done: progress(before + done, total, f"timing {at}"))
     rows = evaluation.summarise(runs, np.array(state.scores), seconds, seed)
     calibration = state.calibration
     calibration.provenance |= {
@@ -221,7 +220,7 @@ def tune(
         variant.calibration = calibration.to(model.device)
         result.verification = verification.verify(
             variant, prefill_depth=result.recommended, prompts=VERIFIED, seed=seed,
-            progress=lambda done, _, use="": progress(at_least + 2 * done, total, f"verifying {use}"),
+            progress=lambda done, _, use="": progress(before + rounds + 2 * done, total, f"verifying {use}"),
         )  # fmt: skip
     progress(total, total, "done")
     calibration.provenance["tuning"] = result.to_json()
