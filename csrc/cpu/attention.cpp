@@ -17,6 +17,9 @@ namespace {
 constexpr int64_t kTaskRows = 384;
 template <typename T>
 constexpr int64_t kBlockKeys = kTiles<T> ? 128 : 256;  // scores and probs of kTileRows<T> rows stay in L1
+// Lanes of k in a block of a score's sum: a score's error is a relative error of its probability.
+template <typename T>
+constexpr int64_t kScoreLanes = std::is_same_v<T, float> ? 16 : kSumLanes;
 constexpr int64_t kBlockKeysAllHeads = 64;
 constexpr int64_t kDirectRows = 8;  // of a head; up to here keys and values are read as they lie, without packing
 constexpr int64_t kMinSplitKeys = 128;
@@ -228,7 +231,8 @@ class Kernel {
     if (block.packed) {
       for (int j = 0; j < keys; j += kTileColumns)
         multiply_tile<T>(count, std::min(kTileColumns, keys - j), query, query_stride,
-                         block.key_panels + j * key_depth_, kTileColumns, key_lanes_, nullptr, scores + j, kStride);
+                         block.key_panels + j * key_depth_, kTileColumns, key_lanes_, nullptr, scores + j, kStride,
+                         kScoreLanes<T>);
     } else {
       multiply_dots<T>(count, keys, query, query_stride, block.keys, size_, scores, kStride);
     }

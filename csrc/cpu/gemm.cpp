@@ -46,11 +46,11 @@ POP_INLINE Vec load_lanes(const T* p, int64_t available) {
 
 template <typename T, int Rows, int Vecs>
 void vector_block(const Factor<T>* a, int64_t a_stride, const float* panel, int64_t panel_stride, int64_t lanes,
-                  const float* alpha, float* c, int64_t c_stride) {
+                  const float* alpha, float* c, int64_t c_stride, int64_t sum_lanes) {
   int64_t k = 0;
   do {
     Vec acc[Rows][Vecs] = {};
-    for (const int64_t end = std::min(lanes, k + kSumLanes); k < end; ++k, a += kPerLane<T>, panel += panel_stride) {
+    for (const int64_t end = std::min(lanes, k + sum_lanes); k < end; ++k, a += kPerLane<T>, panel += panel_stride) {
       Vec b[Vecs];
 #pragma GCC unroll 4
       for (int v = 0; v < Vecs; ++v) b[v] = load(panel + v * kLanes);
@@ -61,7 +61,7 @@ void vector_block(const Factor<T>* a, int64_t a_stride, const float* panel, int6
         for (int v = 0; v < Vecs; ++v) acc[r][v] = multiply_add<T>(acc[r][v], ar, b[v]);
       }
     }
-    const bool first = k <= kSumLanes;
+    const bool first = k <= sum_lanes;
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
       const float scale = first && alpha ? alpha[r] : 1.0f;
@@ -116,7 +116,7 @@ void dots(const Factor<T>* x, int64_t x_stride, const T* w, int64_t k, Vec* sums
   Vec total[Rows] = {};
   for (int64_t i = 0; i < k;) {
     Vec acc[Rows][kChains] = {};
-    const int64_t end = std::min(k, i + kSumLanes * kUnroll * kStep);
+    const int64_t end = std::min(k, i + kSumLanes / 2 * kUnroll * kStep);
     for (; i + kUnroll * kStep <= end; i += kUnroll * kStep) {
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u)
@@ -162,10 +162,10 @@ void tile_block(int below, const bf16* a, int64_t a_stride, const float* panel, 
   const auto step = [&](const bf16* first, const bf16* second, int64_t stride, const float* b) {
     const int64_t a_bytes = stride * sizeof(bf16), b_bytes = panel_stride * sizeof(float);
     tile::load<4>(first, a_bytes);
-    tile::load<6>(b, b_bytes);
+    tile::load_once<6>(b, b_bytes);
     tile::dp_bf16<0, 4, 6>();
     if constexpr (ColumnTiles == 2) {
-      tile::load<7>(b + kLanes, b_bytes);
+      tile::load_once<7>(b + kLanes, b_bytes);
       tile::dp_bf16<1, 4, 7>();
     }
     if constexpr (RowTiles == 2) {
@@ -238,13 +238,12 @@ void pack_panel(const T* const* rows, int columns, int64_t k, float* panel, int6
     const int count = std::min(kLanes, columns - v * kLanes);
     for (int64_t i = 0; i < k; i += kStep) {
       Vec lanes[kLanes];
-      if (count == kLanes && i + kStep <= k) {
-#pragma GCC unroll 16
-        for (int c = 0; c < kLanes; ++c) lanes[c] = load_lanes(rows[v * kLanes + c] + i, kStep);
+      if (count == kLanes && i + kStep <= k && !kConverted<T>) {
+        load_transposed(rows + v * kLanes, i * int64_t{sizeof(T)}, lanes);
       } else {
         for (int c = 0; c < kLanes; ++c) lanes[c] = c < count ? load_lanes(rows[v * kLanes + c] + i, k - i) : Vec{};
+        transpose(lanes);
       }
-      transpose(lanes);
       float* to = panel + i / kPerLane<T> * panel_stride + v * kLanes;
       const int64_t valid = std::min<int64_t>(kLanes, panel_lanes<T>(k - i));
       if (valid == kLanes) {
@@ -259,14 +258,15 @@ void pack_panel(const T* const* rows, int columns, int64_t k, float* panel, int6
 
 template <typename T>
 void multiply_tile(int rows, int columns, const Factor<T>* a, int64_t a_stride, const float* panel,
-                   int64_t panel_stride, int64_t lanes, const float* alpha, float* c, int64_t c_stride) {
+                   int64_t panel_stride, int64_t lanes, const float* alpha, float* c, int64_t c_stride,
+                   int64_t sum_lanes) {
 #if defined(__AMX_BF16__) || defined(POP_EMULATED_TILES)
   if constexpr (kTiles<T>)
     return multiply_on_tiles(rows, columns, a, a_stride, panel, panel_stride, lanes, alpha, c, c_stride);
 #endif
   static constexpr auto kBlocks = block_table<T>(std::make_index_sequence<kVectorRows * kTileVecs>{});
   const int vecs = (columns + kLanes - 1) / kLanes;
-  kBlocks[(rows - 1) * kTileVecs + vecs - 1](a, a_stride, panel, panel_stride, lanes, alpha, c, c_stride);
+  kBlocks[(rows - 1) * kTileVecs + vecs - 1](a, a_stride, panel, panel_stride, lanes, alpha, c, c_stride, sum_lanes);
 }
 
 template <typename T>
@@ -297,7 +297,7 @@ void dot_factors(const bf16* x, int64_t k, float* to) {
 #define POP_INSTANTIATE(T)                                                                                          \
   template void pack_panel<T>(const T* const*, int, int64_t, float*, int64_t);                                      \
   template void multiply_tile<T>(int, int, const Factor<T>*, int64_t, const float*, int64_t, int64_t, const float*, \
-                                 float*, int64_t);                                                                  \
+                                 float*, int64_t, int64_t);                                                         \
   template void multiply_dots<T>(int64_t, int, const Factor<T>*, int64_t, const T* const*, int64_t, float*, int64_t);
 POP_INSTANTIATE(float)
 POP_INSTANTIATE(bf16)

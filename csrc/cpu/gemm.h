@@ -31,7 +31,7 @@ inline constexpr int kTileRows = kTiles<T> ? 2 * tile::kRows : kVectorRows;
 inline constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 inline constexpr int kTileColumns = kTileVecs * kLanes;
 inline constexpr int64_t kFewTokens = 12;  // up to here dot products beat packing the weight
-inline constexpr int64_t kSumLanes = 144;  // lanes of k in a block of the sum; divides many widths of models
+inline constexpr int64_t kSumLanes = 96;   // lanes of k in a block of the sum; divides many widths of models
 
 /// How elements of T are multiplied: in pairs where the processor multiplies bf16, else as floats. A lane holds
 /// kPerLane of them.
@@ -103,7 +103,8 @@ void pack_panel(const T* const* rows, int columns, int64_t k, float* panel, int6
 /// on tiles at least tile::kRows rows of a are read.
 template <typename T>
 void multiply_tile(int rows, int columns, const Factor<T>* a, int64_t a_stride, const float* panel,
-                   int64_t panel_stride, int64_t lanes, const float* alpha, float* c, int64_t c_stride);
+                   int64_t panel_stride, int64_t lanes, const float* alpha, float* c, int64_t c_stride,
+                   int64_t sum_lanes = kSumLanes);
 
 /// c[r][column] = x[r] . weights[column], by dot products along k; x as dot_factors leaves it.
 template <typename T>
@@ -142,15 +143,24 @@ inline int block_columns(int64_t tokens, int64_t columns, int64_t k, int threads
   return static_cast<int>(std::clamp<int64_t>(round_up(columns / (2 * threads), kLanes), kLanes, 512));
 }
 
-/// Into how many parts to divide the tokens, so that blocks x parts load all threads alike while each part is worth
-/// packing the weight.
-inline int64_t token_parts(int64_t tokens, int64_t blocks, int threads, int64_t rows) {
-  constexpr int64_t kPackCost = 6;  // in tokens
-  int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t parts = 1; parts <= std::max<int64_t>(1, tokens / 96) && parts <= 4 * threads; ++parts) {
-    const int64_t rounds = (blocks * parts + threads - 1) / threads;
-    const int64_t cost = rounds * (round_up((tokens + parts - 1) / parts, rows) + kPackCost);
-    if (cost < best_cost) best = parts, best_cost = cost;
+/// How a multiplication falls into tasks: `group` blocks, whose panels a task packs and keeps, times one of `parts` of
+/// the tokens.
+struct Division {
+  int64_t group, parts;
+};
+
+/// The division that takes the busiest thread the least: each task packs its panels, which costs as much as pack_cost
+/// tokens. Of equals the one with the largest group, as all of the part's x passes by each group.
+inline Division divide(int64_t tokens, int64_t blocks, int64_t most_blocks, int threads, int64_t rows,
+                       int64_t pack_cost) {
+  Division best{1, 1};
+  int64_t best_cost = INT64_MAX;
+  for (int64_t group = std::min(blocks, most_blocks); group > 0; --group) {
+    for (int64_t parts = 1; parts <= std::max<int64_t>(1, tokens / 96) && parts <= 4 * threads; ++parts) {
+      const int64_t rounds = ((blocks + group - 1) / group * parts + threads - 1) / threads;
+      const int64_t cost = rounds * group * (round_up((tokens + parts - 1) / parts, rows) + pack_cost);
+      if (cost < best_cost) best = {group, parts}, best_cost = cost;
+    }
   }
   return best;
 }
@@ -205,30 +215,47 @@ template <typename T, typename Blocks, typename Epilogue>
 void gemm_many_tokens(const Threads& threads, int64_t begin, int64_t end, int64_t k, const Factor<T>* a,
                       int64_t a_stride, const Blocks& blocks, Epilogue&& epilogue) {
   constexpr int kRows = kTileRows<T>;
+  // Tiles multiply 16 tokens in the time of one vector load: a panel is packed for as many tokens as may be, and x,
+  // which passes by all panels of a group before its next rows are read, comes from far as rarely as may be.
+  constexpr int64_t kPackCost = kTiles<T> ? 56 : 6, kGroupFloats = kTiles<T> ? 192 * 1024 : 1;
   const int64_t lanes = lanes_of<T>(k), depth = panel_lanes<T>(k), tokens = end - begin;
-  const int64_t parts = token_parts(tokens, blocks.count, threads.count, kRows);
+  const int64_t stride = blocks.sums_stride(), block_floats = stride * depth;
+  const auto [group, parts] = divide(tokens, blocks.count, std::max<int64_t>(1, kGroupFloats / block_floats),
+                                     threads.count, kRows, kPackCost);
   const int64_t part_tokens = round_up((tokens + parts - 1) / parts, kRows);
 
-  parallel_for<TileScope<T>>(threads, blocks.count * parts, [&](int64_t task) {
-    const int64_t block = task / parts, first = begin + task % parts * part_tokens,
-                  last = std::min(end, first + part_tokens);
+  parallel_for<TileScope<T>>(threads, (blocks.count + group - 1) / group * parts, [&](int64_t task) {
+    const int64_t first_block = task / parts * group, last_block = std::min(blocks.count, first_block + group);
+    const int64_t first = begin + task % parts * part_tokens, last = std::min(end, first + part_tokens);
     if (first >= last) return;
     struct PanelTag;
-    const int width = blocks.columns(block);
-    const int64_t stride = blocks.sums_stride();
-    const T** rows = blocks.template rows<T>(block);
-    float* sums = scratch<SumsTag, float>(std::max<int64_t>(kFewTokens, kRows) * stride);
-    float* panels = scratch<PanelTag, float>(stride * depth);  // [width / kTileColumns][depth][kTileColumns]
-    for (int c = 0; c < width; c += kTileColumns)
-      pack_panel<T>(rows + c, std::min(kTileColumns, width - c), k, panels + c * depth, kTileColumns);
+    float* panels = scratch<PanelTag, float>(group * block_floats);  // [group][columns / kTileColumns][depth][kTileColumns]
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const T** rows = blocks.template rows<T>(block);
+      const int width = blocks.columns(block);
+      for (int c = 0; c < width; c += kTileColumns)
+        pack_panel<T>(rows + c, std::min(kTileColumns, width - c), k,
+                      panels + (block - first_block) * block_floats + c * depth, kTileColumns);
+    }
+    const int64_t sums_size = std::max<int64_t>(kFewTokens, kRows) * stride;
+    float* sums = scratch<SumsTag, float>(2 * sums_size);
     for (int64_t t = first; t < last; t += kRows) {
       const int count = static_cast<int>(std::min<int64_t>(kRows, last - t));
       // A tile's rows end where x ends: the last few tokens come with some before them, which are computed again.
       const int again = kTiles<T> ? static_cast<int>(std::clamp<int64_t>(tile::kRows - count, 0, t - begin)) : 0;
-      for (int c = 0; c < width; c += kTileColumns)
-        multiply_tile<T>(again + count, std::min(kTileColumns, width - c), a + (t - begin - again) * a_stride, a_stride,
-                         panels + c * depth, kTileColumns, lanes, nullptr, sums + c, stride);
-      epilogue(block, t, count, sums + again * stride, stride);
+      const Factor<T>* rows = a + (t - begin - again) * a_stride;
+      const auto multiply = [&](int64_t block, float* to) {
+        const float* panel = panels + (block - first_block) * block_floats;
+        const int width = blocks.columns(block);
+        for (int c = 0; c < width; c += kTileColumns)
+          multiply_tile<T>(again + count, std::min(kTileColumns, width - c), rows, a_stride, panel + c * depth,
+                           kTileColumns, lanes, nullptr, to + c, stride);
+      };
+      // The tile unit works through what it was given while the vector units finish the block before.
+      for (int64_t block = first_block; block <= last_block; ++block) {
+        if (block < last_block) multiply(block, sums + (block & 1) * sums_size);
+        if (block > first_block) epilogue(block - 1, t, count, sums + ((block - 1) & 1) * sums_size + again * stride, stride);
+      }
     }
   });
 }

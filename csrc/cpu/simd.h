@@ -158,6 +158,40 @@ POP_INLINE void transpose(Vec (&rows)[kLanes]) {
   if constexpr (Step > 1) transpose<Step / 2>(rows);
 }
 
+/// The transpose of kLanes rows of 4-byte lanes, `offset` bytes after rows[i].
+template <typename Row>
+POP_INLINE void load_transposed(const Row* rows, int64_t offset, Vec (&lanes)[kLanes]) {
+  const auto at = [&](int i) { return reinterpret_cast<const char*>(rows[i]) + offset; };
+#if defined(__AVX512BF16__)
+  // Quarters of rows are put where they belong by the loads, as only one port exchanges lanes: what is left are the two
+  // rounds within quarters, half as many shuffles.
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    Vec quarters[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const auto quarter = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(at(i)) + 4 * q); };
+      __m512 v = _mm512_castps128_ps512(quarter(j));
+      v = _mm512_insertf32x4(v, quarter(j + 4), 1);
+      v = _mm512_insertf32x4(v, quarter(j + 8), 2);
+      quarters[j] = _mm512_insertf32x4(v, quarter(j + 12), 3);
+    }
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(quarters[0], quarters[1])),
+                  low23 = _mm512_castps_pd(_mm512_unpacklo_ps(quarters[2], quarters[3])),
+                  high01 = _mm512_castps_pd(_mm512_unpackhi_ps(quarters[0], quarters[1])),
+                  high23 = _mm512_castps_pd(_mm512_unpackhi_ps(quarters[2], quarters[3]));
+    lanes[4 * q] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+    lanes[4 * q + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+    lanes[4 * q + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+    lanes[4 * q + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+  }
+#else
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) std::memcpy(&lanes[i], at(i), sizeof(Vec));
+  transpose(lanes);
+#endif
+}
+
 /// Lane i is the sum over row i's lanes: the rounds of a transposition, adding what each exchanges. `rows` is
 /// overwritten.
 template <int Step = kLanes / 2>

@@ -64,6 +64,11 @@ template <int N>
 POP_INLINE void load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(N) : "memory");
 }
+/// Of what passes by once, so that it does not push out of the first cache what comes again.
+template <int N>
+POP_INLINE void load_once(const void* p, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(N) : "memory");
+}
 template <int N>
 POP_INLINE void store(void* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(N) : "memory");
@@ -106,6 +111,10 @@ void zero() {
 template <int N>
 void load(const void* p, int64_t stride) {
   for (int r = 0; r < kRows; ++r) std::memcpy(&at(N)[r], static_cast<const char*>(p) + r * stride, kRowBytes);
+}
+template <int N>
+void load_once(const void* p, int64_t stride) {
+  load<N>(p, stride);
 }
 template <int N>
 void store(void* p, int64_t stride) {
