@@ -36,6 +36,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from statistics import mean, median
 
@@ -163,15 +164,23 @@ def start_worker(peer: Peer, settings: dict, plan: Plan) -> Worker:
 
 
 def fastest_settings(peer: Peer, dtype: str, plan: Plan) -> dict:
-    """The settings that read the longest prompt fastest, by trial where there are several."""
+    """The settings that read the longest prompt fastest, by trial where there are several; an engine may refuse some
+    on a processor."""
     if len(peer.settings) == 1:
         return peer.settings[0]
-    seconds = []
+    seconds, refusal = [], None
     for tried in peer.settings:
         plan.say(f"trying {peer.engine} with {tried}")
         with closing(start_worker(peer, {"dtype": dtype} | tried, plan)) as worker:
-            runs = [worker.run(prompt_tokens=max(plan.prompt_tokens), decode_tokens=1) for _ in range(3)]
+            try:
+                runs = [worker.run(prompt_tokens=max(plan.prompt_tokens), decode_tokens=1) for _ in range(3)]
+            except EngineError as error:
+                seconds.append(inf)
+                refusal = error
+                continue
         seconds.append(min(run[f"prefill_{plan.clock}"] for run in runs[1:]))
+    if min(seconds) == inf:
+        raise refusal
     return peer.settings[seconds.index(min(seconds))]
 
 

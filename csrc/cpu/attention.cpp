@@ -10,17 +10,20 @@ namespace {
 
 // Flash attention on the main loop of gemm.h. A task is some query tokens of a sequence with one key/value head; its
 // rows are those tokens' query heads of the group, so that keys and values, packed once per task, serve them all. Keys
-// pass by in blocks: scores of six rows, their running softmax, and the weighted values, all in cache. With few queries
+// pass by in chunks: scores of six rows (on tiles 32), their running softmax, and the weighted values, all in cache. With few queries
 // (decode) a task takes all heads, so that the cache is read as it lies, one block ahead; and where tasks are fewer
 // than threads would have, they share the context out.
 
-constexpr int64_t kTaskRows = 384;
 template <typename T>
-constexpr int64_t kBlockKeys = kTiles<T> ? 128 : 256;  // scores and probs of kTileRows<T> rows stay in L1
+constexpr int64_t kTaskRows = kTiles<T> ? 768 : 384;
+template <typename T>
+constexpr int64_t kChunkKeys = kTiles<T> ? 128 : 256;  // scores of kTileRows<T> rows stay in L1, on tiles twice
+template <typename T>
+constexpr int64_t kScoreStride = kChunkKeys<T> + (kTiles<T> ? kLanes : 0);  // no power of two: so far lie a tile's rows
 // Lanes of k in a block of a score's sum: a score's error is a relative error of its probability.
 template <typename T>
 constexpr int64_t kScoreLanes = std::is_same_v<T, float> ? 16 : kSumLanes;
-constexpr int64_t kBlockKeysAllHeads = 64;
+constexpr int64_t kChunkKeysAllHeads = 64;
 constexpr int64_t kDirectRows = 8;  // of a head; up to here keys and values are read as they lie, without packing
 constexpr int64_t kMinSplitKeys = 128;
 
@@ -41,16 +44,28 @@ struct Partial {
 
 constexpr float kInfinity = __builtin_inff();
 
-/// Some keys of one head with their values: where they lie, and packed for multiply_tile unless they are read there.
+/// Some keys of one head with their values: where they lie, or packed for multiply_tile.
 template <typename T>
-struct KeyBlock {
+struct Chunk {
   int64_t first;
   int count;
-  bool packed;
-  const T* keys[kBlockKeys<T>];
-  const T* values[kBlockKeys<T>];
+  const T *const *keys, *const *values;  // or null
   float *key_panels, *value_panels;
-  static constexpr int64_t kValueLanes = lanes_of<T>(kBlockKeys<T>);
+  static constexpr int64_t kValueLanes = lanes_of<T>(kChunkKeys<T>);
+};
+
+/// Rows [first, first + count) of a head as they meet a chunk: they see some of its first `keys` keys. Scores
+/// become probabilities where they lie, of Factor<T> where values are packed.
+template <typename T>
+struct Rows {
+  int64_t first;
+  int count, keys;
+  const Factor<T>* query;
+  Chunk<T> chunk;
+  alignas(64) float scores[kTileRows<T> * kScoreStride<T>];
+  alignas(64) float rescale[round_up(kTileRows<T>, kLanes) + kLanes] = {};  // by which to multiply what they have summed
+
+  float* row(int i) { return scores + i * kScoreStride<T>; }
 };
 
 template <typename T>
@@ -106,10 +121,10 @@ class Kernel {
  private:
   std::vector<Task> plan() const {
     std::vector<Task> tasks;
-    const int64_t step = std::max<int64_t>(1, kTaskRows / group_);
+    const int64_t step = std::max<int64_t>(1, kTaskRows<T> / group_);
     for (int64_t s = 0; s < p_.sequences; ++s) {
       const int64_t queries = p_.cu_seqlens_q[s + 1] - p_.cu_seqlens_q[s], context = p_.seqlens_k[s];
-      const int64_t heads = queries * p_.query_heads <= kTaskRows ? p_.key_cache.heads : 1;
+      const int64_t heads = queries * p_.query_heads <= kTaskRows<T> ? p_.key_cache.heads : 1;
       for (int64_t first = (queries - 1) / step * step; queries > 0 && first >= 0;
            first -= step) {  // the longest first
         const int64_t count = std::min(step, queries - first), position = context - queries + first;
@@ -136,7 +151,7 @@ class Kernel {
   }
 
   void prefetch(const PagedCache& cache, const Task& task, int64_t first, int count) const {
-    const T* rows[kBlockKeys<T>];
+    const T* rows[kChunkKeys<T>];
     locate(cache, task, task.first_head, first, count, rows);
     for (int j = 0; j < count; ++j)
       for (int64_t h = 0; h < task.heads; ++h)
@@ -145,54 +160,61 @@ class Kernel {
 
   void accumulate(const Task& task, int64_t first_key, int64_t last_key, Partial state) const {
     struct QueryTag;
-    struct KeyTag;
-    struct ValueTag;
     const int64_t rows = rows_of(task), head_rows = task.queries * group_;
-    KeyBlock<T> keys;
-    keys.packed = head_rows > kDirectRows;
-    const int64_t query_stride = kConverted<T> && !keys.packed ? round_up(size_, 2 * kLanes) : key_lanes_ * kPerLane<T>;
+    const bool packed = head_rows > kDirectRows;
+    const int64_t query_stride = kConverted<T> && !packed ? round_up(size_, 2 * kLanes) : key_lanes_ * kPerLane<T>;
     Factor<T>* query = scratch<QueryTag, Factor<T>>((rows + tile::kRows) * query_stride);
-    gather_queries(task, query, query_stride, !keys.packed);
+    gather_queries(task, query, query_stride, !packed);
     std::fill_n(state.maximum, rows, -kInfinity);
     std::fill_n(state.sums, rows * kLanes, 0.0f);
     std::fill_n(state.values, rows * value_stride_, 0.0f);
 
-    if (keys.packed) {
-      keys.key_panels = scratch<KeyTag, float>(kBlockKeys<T> * key_depth_);
-      keys.value_panels = scratch<ValueTag, float>(value_stride_ * keys.kValueLanes);
-    }
-    const int64_t block = task.heads > 1 ? kBlockKeysAllHeads : kBlockKeys<T>;
-    const auto keys_from = [&](int64_t key) { return static_cast<int>(std::clamp<int64_t>(last_key - key, 0, block)); };
+    // Packed on tiles, a stretch of keys serves all rows in turn, each with its state in L1, out of the second cache.
+    constexpr int64_t kStretchFloats = 192 * 1024;
+    const int64_t chunk = task.heads > 1 ? kChunkKeysAllHeads : kChunkKeys<T>;
+    const int64_t chunks = kTiles<T> && packed ? std::max<int64_t>(1, kStretchFloats / chunk_floats()) : 1;
+    const auto keys_from = [&](int64_t key) { return static_cast<int>(std::clamp<int64_t>(last_key - key, 0, chunk)); };
     const auto prefetch_from = [&](int64_t key) {
       prefetch(p_.key_cache, task, key, keys_from(key));
       prefetch(p_.value_cache, task, key, keys_from(key));
     };
     prefetch_from(first_key);
-    for (int64_t key = first_key; key < last_key; key += block) {
-      keys.first = key, keys.count = keys_from(key);
-      if (key + block < last_key) prefetch_from(key + block);
+    std::vector<Chunk<T>> stretch;
+    const T *keys[kChunkKeys<T>], *values[kChunkKeys<T>];
+    for (int64_t begin = first_key; begin < last_key; begin += chunks * chunk) {
+      const int64_t end = std::min(last_key, begin + chunks * chunk);
       Partial head_state = state;
       for (int64_t h = 0; h < task.heads; ++h, head_state.advance(head_rows)) {
-        locate(p_.key_cache, task, task.first_head + h, key, keys.count, keys.keys);
-        locate(p_.value_cache, task, task.first_head + h, key, keys.count, keys.values);
-        if (keys.packed) pack(keys);
-        for (int64_t r = 0; r < head_rows; r += kTileRows<T>)
-          step(task, head_state, r, static_cast<int>(std::min<int64_t>(kTileRows<T>, head_rows - r)),
-               query + (h * head_rows + r) * query_stride, query_stride, keys);
+        stretch.clear();
+        for (int64_t key = begin; key < end; key += chunk) {
+          if (h == 0 && key + chunk < last_key) prefetch_from(key + chunk);
+          locate(p_.key_cache, task, task.first_head + h, key, keys_from(key), keys);
+          locate(p_.value_cache, task, task.first_head + h, key, keys_from(key), values);
+          stretch.push_back({key, keys_from(key), keys, values, nullptr, nullptr});
+          if (packed) pack(stretch.back(), stretch.size() - 1, chunks);
+        }
+        meet(task, head_state, query + h * head_rows * query_stride, query_stride, stretch);
       }
     }
   }
 
-  void pack(const KeyBlock<T>& keys) const {
-    for (int j = 0; j < keys.count; j += kTileColumns)
-      pack_panel<T>(keys.keys + j, std::min(kTileColumns, keys.count - j), size_, keys.key_panels + j * key_depth_,
+  int64_t chunk_floats() const { return kChunkKeys<T> * key_depth_ + value_stride_ * Chunk<T>::kValueLanes; }
+
+  /// Packs the i-th chunk of some.
+  void pack(Chunk<T>& chunk, int64_t i, int64_t chunks) const {
+    struct Tag;
+    chunk.key_panels = scratch<Tag, float>(chunks * chunk_floats()) + i * chunk_floats();
+    chunk.value_panels = chunk.key_panels + kChunkKeys<T> * key_depth_;
+    for (int j = 0; j < chunk.count; j += kTileColumns)
+      pack_panel<T>(chunk.keys + j, std::min(kTileColumns, chunk.count - j), size_, chunk.key_panels + j * key_depth_,
                     kTileColumns);
-    const T* values[kBlockKeys<T>];
+    const T* values[kChunkKeys<T>];
     for (int64_t e = 0; e < size_; e += kTileColumns) {
-      for (int j = 0; j < keys.count; ++j) values[j] = keys.values[j] + e;
-      pack_values<T>(values, keys.count, std::min<int64_t>(kTileColumns, size_ - e),
-                     keys.value_panels + e * keys.kValueLanes, kTileColumns);
+      for (int j = 0; j < chunk.count; ++j) values[j] = chunk.values[j] + e;
+      pack_values<T>(values, chunk.count, std::min<int64_t>(kTileColumns, size_ - e),
+                     chunk.value_panels + e * chunk.kValueLanes, kTileColumns);
     }
+    chunk.keys = chunk.values = nullptr;
   }
 
   /// Row r of a task: the token's index among all queries, and its query head.
@@ -216,71 +238,136 @@ class Kernel {
     }
   }
 
-  /// Rows [r, r + count) of one head meet a block of keys.
-  void step(const Task& task, Partial state, int64_t r, int count, const Factor<T>* query, int64_t query_stride,
-            const KeyBlock<T>& block) const {
-    const int64_t base = p_.seqlens_k[task.sequence] -
-                         (p_.cu_seqlens_q[task.sequence + 1] - p_.cu_seqlens_q[task.sequence]) + task.first_query;
-    const int64_t first = base + r / group_, last = base + (r + count - 1) / group_;  // positions of the rows
-    const int64_t key = block.first;
-    const int keys = p_.spans ? block.count : static_cast<int>(std::min<int64_t>(block.count, last - key + 1));
-    if (keys <= 0 || (p_.window_size > 0 && key + keys - 1 <= first - p_.window_size)) return;
-
-    constexpr int64_t kStride = kBlockKeys<T>;
-    alignas(64) float scores[kTileRows<T> * kStride], rescale[round_up(kTileRows<T>, kLanes)] = {};
-    if (block.packed) {
-      for (int j = 0; j < keys; j += kTileColumns)
-        multiply_tile<T>(count, std::min(kTileColumns, keys - j), query, query_stride,
-                         block.key_panels + j * key_depth_, kTileColumns, key_lanes_, nullptr, scores + j, kStride,
-                         kScoreLanes<T>);
-    } else {
-      multiply_dots<T>(count, keys, query, query_stride, block.keys, size_, scores, kStride);
-    }
-    const bool all_visible = !p_.spans && keys % kLanes == 0 && key + keys - 1 <= first &&
-                             (p_.window_size == 0 || key > last - p_.window_size);
-    if (!all_visible)
-      for (int i = 0; i < count; ++i) mask(task, base + (r + i) / group_, key, keys, scores + i * kStride);
-
-    if (!block.packed) {
-      softmax(state, r, count, keys, scores, scores, rescale);
-      add_weighted(count, keys, scores, block.values, rescale, state.values + r * value_stride_);
+  /// The rows of one head meet chunks of keys: each row all of them before the next.
+  void meet(const Task& task, Partial state, const Factor<T>* query, int64_t query_stride,
+            const std::vector<Chunk<T>>& chunks) const {
+    const int64_t head_rows = task.queries * group_;
+    Rows<T> buffers[kTiles<T> ? 2 : 1];
+    const auto begin = [&](int64_t r, const Chunk<T>& chunk, Rows<T>& rows) {
+      rows.first = r, rows.count = static_cast<int>(std::min<int64_t>(kTileRows<T>, head_rows - r));
+      rows.query = query + r * query_stride;
+      rows.chunk = chunk;
+      rows.keys = visible_keys(task, rows);
+      return rows.keys > 0;
+    };
+    if (!kTiles<T> || chunks[0].keys) {
+      Rows<T>& rows = buffers[0];
+      for (int64_t r = 0; r < head_rows; r += kTileRows<T>) {
+        for (const Chunk<T>& chunk : chunks) {
+          if (!begin(r, chunk, rows)) continue;
+          score(rows, query_stride, 0, rows.keys);
+          mask(task, rows);
+          chunk.keys ? softmax<float>(state, rows, 0, rows.count) : softmax<Factor<T>>(state, rows, 0, rows.count);
+          weigh(state, rows);
+        }
+      }
       return;
     }
-    alignas(64) Factor<T> probs[kTileRows<T> * kStride];
-    softmax(state, r, count, keys, scores, probs, rescale);
-    for (int64_t e = 0; e < size_; e += kTileColumns)
-      multiply_tile<T>(count, static_cast<int>(std::min<int64_t>(kTileColumns, size_ - e)), probs, kStride,
-                       block.value_panels + e * block.kValueLanes, kTileColumns, lanes_of<T>(keys), rescale,
-                       state.values + r * value_stride_ + e, value_stride_);
+    // The softmax of some rows goes on, a part at a time, between the scores of the next: the tile unit and the vector
+    // units work at once.
+    Rows<T>* before = nullptr;
+    const auto turn = [&](Rows<T>* rows) {
+      constexpr int kParts = 4, kKeys = kChunkKeys<T> / kParts, kRows = kTileRows<T> / kParts;
+      for (int part = 0; part < kParts; ++part) {
+        if (rows) score(*rows, query_stride, part * kKeys, kKeys);
+        if (before) softmax<Factor<T>>(state, *before, part * kRows, kRows);
+      }
+      if (rows) mask(task, *rows);
+      if (before) weigh(state, *before);
+      before = rows;
+    };
+    int turns = 0;
+    for (int64_t r = 0; r < head_rows; r += kTileRows<T>)
+      for (const Chunk<T>& chunk : chunks)
+        if (Rows<T>& rows = buffers[turns % 2]; begin(r, chunk, rows)) turn(&rows), ++turns;
+    if (before) turn(nullptr);
   }
 
-  /// From scores to the keys' unnormalised probabilities. Updates the rows' maxima and sums; what the rows have summed
-  /// so far is to be multiplied by `rescale`.
+  int64_t position(const Task& task, int64_t row) const {
+    const int64_t queries = p_.cu_seqlens_q[task.sequence + 1] - p_.cu_seqlens_q[task.sequence];
+    return p_.seqlens_k[task.sequence] - queries + task.first_query + row / group_;
+  }
+
+  /// How many of the chunk's keys, from its first on, the rows may see.
+  int visible_keys(const Task& task, const Rows<T>& rows) const {
+    const Chunk<T>& chunk = rows.chunk;
+    const int64_t first = position(task, rows.first), last = position(task, rows.first + rows.count - 1);
+    const int keys = p_.spans ? chunk.count : static_cast<int>(std::min<int64_t>(chunk.count, last - chunk.first + 1));
+    const bool passed = p_.window_size > 0 && chunk.first + keys - 1 <= first - p_.window_size;
+    return keys <= 0 || passed ? 0 : keys;
+  }
+
+  /// Scores of keys [begin, begin + count) of the chunk.
+  void score(Rows<T>& rows, int64_t query_stride, int begin, int count) const {
+    const int end = std::min(rows.keys, begin + count);
+    if (rows.chunk.keys) {
+      multiply_dots<T>(rows.count, end, rows.query, query_stride, rows.chunk.keys, size_, rows.scores, kScoreStride<T>);
+      return;
+    }
+    for (int j = begin; j < end; j += kTileColumns) {
+      const int lead = j % kTileColumns;
+      multiply_tile<T>(rows.count, std::min(kTileColumns, end - j), rows.query, query_stride,
+                       rows.chunk.key_panels + (j - lead) * key_depth_ + lead, kTileColumns, key_lanes_, nullptr,
+                       rows.scores + j, kScoreStride<T>, kScoreLanes<T>);
+    }
+  }
+
+  /// -inf where rows do not see keys.
+  void mask(const Task& task, Rows<T>& rows) const {
+    const int64_t first = position(task, rows.first), last = position(task, rows.first + rows.count - 1);
+    const int64_t key = rows.chunk.first;
+    const bool all_visible = !p_.spans && rows.keys % kLanes == 0 && key + rows.keys - 1 <= first &&
+                             (p_.window_size == 0 || key > last - p_.window_size);
+    if (all_visible) return;
+    for (int i = 0; i < rows.count; ++i) mask_row(task, position(task, rows.first + i), key, rows.keys, rows.row(i));
+  }
+
+  /// From scores to the keys' unnormalised probabilities, for some of the rows. Updates their maxima and sums.
   template <typename Prob>
-  void softmax(Partial state, int64_t r, int count, int keys, const float* scores, Prob* probs, float* rescale) const {
-    constexpr int64_t kStride = kBlockKeys<T>;
+  void softmax(Partial state, Rows<T>& rows, int begin, int count) const {
     const float scale = p_.softmax_scale * kLog2E;
+    const int end = std::min(rows.count, begin + count);
     float row_max[kTileRows<T>];
-    for (int i = 0; i < count; ++i) {
-      const float* score = scores + i * kStride;
+    for (int i = begin; i < end; ++i) {
+      const float* score = rows.row(i);
       Vec top = load(score);
-      for (int j = kLanes; j < keys; j += kLanes) top = max(top, load(score + j));
-      const float before = state.maximum[r + i], maximum = std::max(before, reduce_max(top));
-      state.maximum[r + i] = maximum;
+      for (int j = kLanes; j < rows.keys; j += kLanes) top = max(top, load(score + j));
+      const float before = state.maximum[rows.first + i], maximum = std::max(before, reduce_max(top));
+      state.maximum[rows.first + i] = maximum;
       row_max[i] = maximum == -kInfinity ? 0.0f : maximum;
-      rescale[i] = (before - row_max[i]) * scale;
+      rows.rescale[i] = (before - row_max[i]) * scale;
     }
-    for (int i = 0; i < count; i += kLanes) store(rescale + i, exp2(load(rescale + i)));
-    for (int i = 0; i < count; ++i) {
-      const float* score = scores + i * kStride;
-      Vec sum = load(state.sums + (r + i) * kLanes) * rescale[i];
-      for (int j = 0; j < keys; j += kLanes) {
-        const Vec prob = exp2((load(score + j) - row_max[i]) * scale);  // in this order: at the maximum exactly 1
-        sum += prob;
-        store(probs + i * kStride + j, prob);
+    for (int i = begin; i < end; i += kLanes) store(rows.rescale + i, exp2(load(rows.rescale + i)));
+    for (int i = begin; i < end; ++i) {
+      const float* score = rows.row(i);
+      auto* prob = reinterpret_cast<Prob*>(rows.row(i));  // behind the scores that are read
+      Vec sum = load(state.sums + (rows.first + i) * kLanes) * rows.rescale[i];
+      const auto of = [&](int j) {
+        constexpr int kDegree = std::is_same_v<Prob, bf16> ? 4 : 6;
+        const Vec p = exp2<kDegree>((load(score + j) - row_max[i]) * scale);  // in this order: at the maximum exactly 1
+        sum += p;
+        return p;
+      };
+      int j = 0;
+      for (; j + 2 * kLanes <= rows.keys; j += 2 * kLanes) {
+        const Vec first = of(j);
+        store_two(prob + j, first, of(j + kLanes));
       }
-      store(state.sums + (r + i) * kLanes, sum);
+      for (; j < rows.keys; j += kLanes) store(prob + j, of(j));
+      store(state.sums + (rows.first + i) * kLanes, sum);
     }
+  }
+
+  /// Adds the values, weighted by the rows' probabilities.
+  void weigh(Partial state, Rows<T>& rows) const {
+    float* sums = state.values + rows.first * value_stride_;
+    if (rows.chunk.keys) return add_weighted(rows.count, rows.keys, rows.scores, rows.chunk.values, rows.rescale, sums);
+    constexpr int64_t kStride = kScoreStride<T> * sizeof(float) / sizeof(Factor<T>);
+    const auto* probs = reinterpret_cast<const Factor<T>*>(rows.scores);
+    for (int64_t e = 0; e < size_; e += kTileColumns)
+      multiply_tile<T>(rows.count, static_cast<int>(std::min<int64_t>(kTileColumns, size_ - e)), probs, kStride,
+                       rows.chunk.value_panels + e * rows.chunk.kValueLanes, kTileColumns, lanes_of<T>(rows.keys),
+                       rows.rescale, sums + e, value_stride_);
   }
 
   void add_weighted(int count, int keys, const float* probs, const T* const* values, const float* rescale,
@@ -288,12 +375,12 @@ class Kernel {
     static constexpr decltype(&add_values<T, 1>) kAddValues[] = {add_values<T, 1>, add_values<T, 2>, add_values<T, 3>,
                                                                  add_values<T, 4>};
     for (int r = 0; r < count; r += 4)
-      kAddValues[std::min(4, count - r) - 1](probs + r * kBlockKeys<T>, kBlockKeys<T>, keys, values, size_, rescale + r,
+      kAddValues[std::min(4, count - r) - 1](probs + r * kScoreStride<T>, kScoreStride<T>, keys, values, size_, rescale + r,
                                              sums + r * value_stride_, value_stride_);
   }
 
   /// -inf for the keys that the query at `position` does not see, and behind the last key up to a whole vector.
-  void mask(const Task& task, int64_t position, int64_t key, int keys, float* score) const {
+  void mask_row(const Task& task, int64_t position, int64_t key, int keys, float* score) const {
     Int lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
     const int32_t* spans = p_.spans ? p_.spans + task.sequence * p_.span_stride : nullptr;

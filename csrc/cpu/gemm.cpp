@@ -153,19 +153,30 @@ void dot_columns(const Factor<T>* x, int64_t x_stride, const T* const* weights, 
 
 #if defined(__AMX_BF16__) || defined(POP_EMULATED_TILES)
 
-/// RowTiles x ColumnTiles tiles of C, in tiles 0 to 3. The second row of them begins `below` rows after the first:
-/// fewer than a tile's rows where they overlap, which writes the same sums twice.
-template <int RowTiles, int ColumnTiles>
-void tile_block(int below, const bf16* a, int64_t a_stride, const float* panel, int64_t panel_stride, int64_t lanes,
+/// RowTiles x ColumnTiles tiles of C, in tiles 0 to 3, which begin as zero or as what c holds. The second row of them
+/// begins `below` rows after the first: fewer than a tile's rows where they overlap, which writes the same sums twice.
+template <int RowTiles, int ColumnTiles, bool Once>
+void tile_block(bool add, int below, const bf16* a, int64_t a_stride, const float* panel, int64_t panel_stride, int64_t lanes,
                 float* c, int64_t c_stride) {
-  tile::zero<0>(), tile::zero<1>(), tile::zero<2>(), tile::zero<3>();
+  const int64_t bytes = c_stride * sizeof(float);
+  float* c_below = c + below * c_stride;
+  if (add) {
+    tile::load<0>(c, bytes);
+    if constexpr (ColumnTiles == 2) tile::load<1>(c + kLanes, bytes);
+    if constexpr (RowTiles == 2) {
+      tile::load<2>(c_below, bytes);
+      if constexpr (ColumnTiles == 2) tile::load<3>(c_below + kLanes, bytes);
+    }
+  } else {
+    tile::zero<0>(), tile::zero<1>(), tile::zero<2>(), tile::zero<3>();
+  }
   const auto step = [&](const bf16* first, const bf16* second, int64_t stride, const float* b) {
     const int64_t a_bytes = stride * sizeof(bf16), b_bytes = panel_stride * sizeof(float);
     tile::load<4>(first, a_bytes);
-    tile::load_once<6>(b, b_bytes);
+    Once ? tile::load_once<6>(b, b_bytes) : tile::load<6>(b, b_bytes);
     tile::dp_bf16<0, 4, 6>();
     if constexpr (ColumnTiles == 2) {
-      tile::load_once<7>(b + kLanes, b_bytes);
+      Once ? tile::load_once<7>(b + kLanes, b_bytes) : tile::load<7>(b + kLanes, b_bytes);
       tile::dp_bf16<1, 4, 7>();
     }
     if constexpr (RowTiles == 2) {
@@ -184,43 +195,45 @@ void tile_block(int below, const bf16* a, int64_t a_stride, const float* panel, 
                   (lanes - whole) * sizeof(float));
     step(rest[0], rest[RowTiles == 2 ? tile::kRows : 0], 2 * tile::kPairs, panel + whole * panel_stride);
   }
-  const int64_t bytes = c_stride * sizeof(float);
   tile::store<0>(c, bytes);
   if constexpr (ColumnTiles == 2) tile::store<1>(c + kLanes, bytes);
   if constexpr (RowTiles == 2) {
-    tile::store<2>(c + below * c_stride, bytes);
-    if constexpr (ColumnTiles == 2) tile::store<3>(c + below * c_stride + kLanes, bytes);
+    tile::store<2>(c_below, bytes);
+    if constexpr (ColumnTiles == 2) tile::store<3>(c_below + kLanes, bytes);
   }
-}
-
-/// c[r] = (scale ? scale[r] : 1) c[r] + sums[r].
-void add_rows(int rows, int columns, const float* sums, int64_t sums_stride, const float* scale, float* c,
-              int64_t c_stride) {
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < columns; i += kLanes)
-      store(c + r * c_stride + i,
-            load(c + r * c_stride + i) * (scale ? scale[r] : 1) + load(sums + r * sums_stride + i));
 }
 
 void multiply_on_tiles(int rows, int columns, const bf16* a, int64_t a_stride, const float* panel, int64_t panel_stride,
                        int64_t lanes, const float* alpha, float* c, int64_t c_stride) {
-  static constexpr decltype(&tile_block<1, 1>) kBlocks[] = {tile_block<1, 1>, tile_block<1, 2>, tile_block<2, 1>,
-                                                            tile_block<2, 2>};
+  using Block = decltype(&tile_block<1, 1, false>);
+  static constexpr Block kBlocks[2][4] = {
+      {tile_block<1, 1, false>, tile_block<1, 2, false>, tile_block<2, 1, false>, tile_block<2, 2, false>},
+      {tile_block<1, 1, true>, tile_block<1, 2, true>, tile_block<2, 1, true>, tile_block<2, 2, true>}};
+  constexpr int64_t kCachedLanes = 128;  // a panel of so many stays in the first cache from rows to rows
+  const Block* blocks = kBlocks[lanes > kCachedLanes];
   // A dp adds 32 products up before it adds to C, so that the sum is in blocks already, up to here.
   constexpr int64_t kMostLanes = 512;
   const int row_tiles = rows > tile::kRows ? 2 : 1;
+  if (alpha) {
+    for (int r = 0; r < rows; ++r) {
+      if (alpha[r] == 1) continue;
+      for (int i = 0; i < columns; i += kLanes) store(c + r * c_stride + i, load(c + r * c_stride + i) * alpha[r]);
+    }
+  }
   for (int64_t k = 0; k < lanes; k += kMostLanes) {
     alignas(64) float partial[kTileRows<bf16> * kTileColumns];
-    const bool add = alpha || k > 0;
-    float* sums = add ? partial : c;
-    const int64_t stride = add ? kTileColumns : c_stride;
+    float* sums = k > 0 ? partial : c;
+    const int64_t stride = k > 0 ? kTileColumns : c_stride;
     for (int column = 0; column < columns; column += 2 * kLanes) {
       const int column_tiles = columns - column > kLanes ? 2 : 1;
-      kBlocks[2 * row_tiles + column_tiles - 3](rows - tile::kRows, a + 2 * k, a_stride,
+      blocks[2 * row_tiles + column_tiles - 3](alpha && k == 0, rows - tile::kRows, a + 2 * k, a_stride,
                                                 panel + k * panel_stride + column, panel_stride,
                                                 std::min(kMostLanes, lanes - k), sums + column, stride);
     }
-    if (add) add_rows(rows, columns, partial, kTileColumns, k > 0 ? nullptr : alpha, c, c_stride);
+    if (k == 0) continue;
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < columns; i += kLanes)
+        store(c + r * c_stride + i, load(c + r * c_stride + i) + load(partial + r * kTileColumns + i));
   }
 }
 
