@@ -79,6 +79,8 @@ constexpr auto block_table(std::index_sequence<I...>) {
   return std::array{&vector_block<T, I / kTileVecs + 1, I % kTileVecs + 1>...};
 }
 
+constexpr int kPrefetchBytes = 12 * 1024;  // ahead of a weight that is read once
+
 /// One step of dots: the vector or two of w at i.
 template <typename T>
 inline constexpr int kDotStep = kConverted<T> ? 2 * kLanes : kPerLane<T> * kLanes;
@@ -98,6 +100,8 @@ POP_INLINE void dot_step(const Factor<T>* x, int64_t x_stride, const T* w, N ava
       acc[r][chain + 1] += load(x + r * x_stride + kLanes) * odd(pairs);
     }
   } else {
+    // Rows lie behind each other, mostly: the hardware's own prefetch ends with each page, and reads a fifth less.
+    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes, 0, 2);
     const Vec wv = load_lanes(w, available);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
