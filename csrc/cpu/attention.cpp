@@ -10,16 +10,15 @@ namespace {
 
 // Flash attention on the main loop of gemm.h. A task is some query tokens of a sequence with one key/value head; its
 // rows are those tokens' query heads of the group, so that keys and values, packed once per task, serve them all. Keys
-// pass by in chunks: scores of six rows (on tiles 32), their running softmax, and the weighted values, all in cache. With few queries
-// (decode) a task takes all heads, so that the cache is read as it lies, one block ahead; and where tasks are fewer
-// than threads would have, they share the context out.
+// pass by in chunks: scores of six rows (on tiles 32), their running softmax, and the weighted values, all in cache.
+// With few queries (decode) a task takes all heads, so that the cache is read as it lies, one block ahead; and where
+// tasks are fewer than threads would have, they share the context out.
 
 template <typename T>
 constexpr int64_t kTaskRows = kTiles<T> ? 768 : 384;
+constexpr int64_t kChunkKeys = 256;  // scores of kTileRows<T> rows stay in L1
 template <typename T>
-constexpr int64_t kChunkKeys = kTiles<T> ? 128 : 256;  // scores of kTileRows<T> rows stay in L1, on tiles twice
-template <typename T>
-constexpr int64_t kScoreStride = kChunkKeys<T> + (kTiles<T> ? kLanes : 0);  // no power of two: so far lie a tile's rows
+constexpr int64_t kScoreStride = kChunkKeys + (kTiles<T> ? kLanes : 0);  // no power of two: so far lie a tile's rows
 // Lanes of k in a block of a score's sum: a score's error is a relative error of its probability.
 template <typename T>
 constexpr int64_t kScoreLanes = std::is_same_v<T, float> ? 16 : kSumLanes;
@@ -51,7 +50,7 @@ struct Chunk {
   int count;
   const T *const *keys, *const *values;  // or null
   float *key_panels, *value_panels;
-  static constexpr int64_t kValueLanes = lanes_of<T>(kChunkKeys<T>);
+  static constexpr int64_t kValueLanes = lanes_of<T>(kChunkKeys);
 };
 
 /// Rows [first, first + count) of a head as they meet a chunk: they see some of its first `keys` keys. Scores
@@ -60,10 +59,8 @@ template <typename T>
 struct Rows {
   int64_t first;
   int count, keys;
-  const Factor<T>* query;
-  Chunk<T> chunk;
   alignas(64) float scores[kTileRows<T> * kScoreStride<T>];
-  alignas(64) float rescale[round_up(kTileRows<T>, kLanes) + kLanes] = {};  // by which to multiply what they have summed
+  alignas(64) float rescale[round_up(kTileRows<T>, kLanes)] = {};  // by which to multiply what they have summed
 
   float* row(int i) { return scores + i * kScoreStride<T>; }
 };
@@ -151,7 +148,7 @@ class Kernel {
   }
 
   void prefetch(const PagedCache& cache, const Task& task, int64_t first, int count) const {
-    const T* rows[kChunkKeys<T>];
+    const T* rows[kChunkKeys];
     locate(cache, task, task.first_head, first, count, rows);
     for (int j = 0; j < count; ++j)
       for (int64_t h = 0; h < task.heads; ++h)
@@ -171,7 +168,7 @@ class Kernel {
 
     // Packed on tiles, a stretch of keys serves all rows in turn, each with its state in L1, out of the second cache.
     constexpr int64_t kStretchFloats = 192 * 1024;
-    const int64_t chunk = task.heads > 1 ? kChunkKeysAllHeads : kChunkKeys<T>;
+    const int64_t chunk = task.heads > 1 ? kChunkKeysAllHeads : kChunkKeys;
     const int64_t chunks = kTiles<T> && packed ? std::max<int64_t>(1, kStretchFloats / chunk_floats()) : 1;
     const auto keys_from = [&](int64_t key) { return static_cast<int>(std::clamp<int64_t>(last_key - key, 0, chunk)); };
     const auto prefetch_from = [&](int64_t key) {
@@ -180,7 +177,7 @@ class Kernel {
     };
     prefetch_from(first_key);
     std::vector<Chunk<T>> stretch;
-    const T *keys[kChunkKeys<T>], *values[kChunkKeys<T>];
+    const T *keys[kChunkKeys], *values[kChunkKeys];
     for (int64_t begin = first_key; begin < last_key; begin += chunks * chunk) {
       const int64_t end = std::min(last_key, begin + chunks * chunk);
       Partial head_state = state;
@@ -198,17 +195,17 @@ class Kernel {
     }
   }
 
-  int64_t chunk_floats() const { return kChunkKeys<T> * key_depth_ + value_stride_ * Chunk<T>::kValueLanes; }
+  int64_t chunk_floats() const { return kChunkKeys * key_depth_ + value_stride_ * Chunk<T>::kValueLanes; }
 
   /// Packs the i-th chunk of some.
   void pack(Chunk<T>& chunk, int64_t i, int64_t chunks) const {
     struct Tag;
     chunk.key_panels = scratch<Tag, float>(chunks * chunk_floats()) + i * chunk_floats();
-    chunk.value_panels = chunk.key_panels + kChunkKeys<T> * key_depth_;
+    chunk.value_panels = chunk.key_panels + kChunkKeys * key_depth_;
     for (int j = 0; j < chunk.count; j += kTileColumns)
       pack_panel<T>(chunk.keys + j, std::min(kTileColumns, chunk.count - j), size_, chunk.key_panels + j * key_depth_,
                     kTileColumns);
-    const T* values[kChunkKeys<T>];
+    const T* values[kChunkKeys];
     for (int64_t e = 0; e < size_; e += kTileColumns) {
       for (int j = 0; j < chunk.count; ++j) values[j] = chunk.values[j] + e;
       pack_values<T>(values, chunk.count, std::min<int64_t>(kTileColumns, size_ - e),
@@ -242,45 +239,18 @@ class Kernel {
   void meet(const Task& task, Partial state, const Factor<T>* query, int64_t query_stride,
             const std::vector<Chunk<T>>& chunks) const {
     const int64_t head_rows = task.queries * group_;
-    Rows<T> buffers[kTiles<T> ? 2 : 1];
-    const auto begin = [&](int64_t r, const Chunk<T>& chunk, Rows<T>& rows) {
+    Rows<T> rows;
+    for (int64_t r = 0; r < head_rows; r += kTileRows<T>) {
       rows.first = r, rows.count = static_cast<int>(std::min<int64_t>(kTileRows<T>, head_rows - r));
-      rows.query = query + r * query_stride;
-      rows.chunk = chunk;
-      rows.keys = visible_keys(task, rows);
-      return rows.keys > 0;
-    };
-    if (!kTiles<T> || chunks[0].keys) {
-      Rows<T>& rows = buffers[0];
-      for (int64_t r = 0; r < head_rows; r += kTileRows<T>) {
-        for (const Chunk<T>& chunk : chunks) {
-          if (!begin(r, chunk, rows)) continue;
-          score(rows, query_stride, 0, rows.keys);
-          mask(task, rows);
-          chunk.keys ? softmax<float>(state, rows, 0, rows.count) : softmax<Factor<T>>(state, rows, 0, rows.count);
-          weigh(state, rows);
-        }
+      for (const Chunk<T>& chunk : chunks) {
+        rows.keys = visible_keys(task, rows, chunk);
+        if (rows.keys == 0) continue;
+        score(rows, query + r * query_stride, query_stride, chunk);
+        mask(task, rows, chunk);
+        chunk.keys ? softmax<float>(state, rows) : softmax<Factor<T>>(state, rows);
+        weigh(state, rows, chunk);
       }
-      return;
     }
-    // The softmax of some rows goes on, a part at a time, between the scores of the next: the tile unit and the vector
-    // units work at once.
-    Rows<T>* before = nullptr;
-    const auto turn = [&](Rows<T>* rows) {
-      constexpr int kParts = 4, kKeys = kChunkKeys<T> / kParts, kRows = kTileRows<T> / kParts;
-      for (int part = 0; part < kParts; ++part) {
-        if (rows) score(*rows, query_stride, part * kKeys, kKeys);
-        if (before) softmax<Factor<T>>(state, *before, part * kRows, kRows);
-      }
-      if (rows) mask(task, *rows);
-      if (before) weigh(state, *before);
-      before = rows;
-    };
-    int turns = 0;
-    for (int64_t r = 0; r < head_rows; r += kTileRows<T>)
-      for (const Chunk<T>& chunk : chunks)
-        if (Rows<T>& rows = buffers[turns % 2]; begin(r, chunk, rows)) turn(&rows), ++turns;
-    if (before) turn(nullptr);
   }
 
   int64_t position(const Task& task, int64_t row) const {
@@ -289,46 +259,40 @@ class Kernel {
   }
 
   /// How many of the chunk's keys, from its first on, the rows may see.
-  int visible_keys(const Task& task, const Rows<T>& rows) const {
-    const Chunk<T>& chunk = rows.chunk;
+  int visible_keys(const Task& task, const Rows<T>& rows, const Chunk<T>& chunk) const {
     const int64_t first = position(task, rows.first), last = position(task, rows.first + rows.count - 1);
     const int keys = p_.spans ? chunk.count : static_cast<int>(std::min<int64_t>(chunk.count, last - chunk.first + 1));
     const bool passed = p_.window_size > 0 && chunk.first + keys - 1 <= first - p_.window_size;
     return keys <= 0 || passed ? 0 : keys;
   }
 
-  /// Scores of keys [begin, begin + count) of the chunk.
-  void score(Rows<T>& rows, int64_t query_stride, int begin, int count) const {
-    const int end = std::min(rows.keys, begin + count);
-    if (rows.chunk.keys) {
-      multiply_dots<T>(rows.count, end, rows.query, query_stride, rows.chunk.keys, size_, rows.scores, kScoreStride<T>);
+  void score(Rows<T>& rows, const Factor<T>* query, int64_t query_stride, const Chunk<T>& chunk) const {
+    if (chunk.keys) {
+      multiply_dots<T>(rows.count, rows.keys, query, query_stride, chunk.keys, size_, rows.scores, kScoreStride<T>);
       return;
     }
-    for (int j = begin; j < end; j += kTileColumns) {
-      const int lead = j % kTileColumns;
-      multiply_tile<T>(rows.count, std::min(kTileColumns, end - j), rows.query, query_stride,
-                       rows.chunk.key_panels + (j - lead) * key_depth_ + lead, kTileColumns, key_lanes_, nullptr,
-                       rows.scores + j, kScoreStride<T>, kScoreLanes<T>);
-    }
+    for (int j = 0; j < rows.keys; j += kTileColumns)
+      multiply_tile<T>(rows.count, std::min(kTileColumns, rows.keys - j), query, query_stride,
+                       chunk.key_panels + j * key_depth_, kTileColumns, key_lanes_, nullptr, rows.scores + j,
+                       kScoreStride<T>, kScoreLanes<T>);
   }
 
   /// -inf where rows do not see keys.
-  void mask(const Task& task, Rows<T>& rows) const {
+  void mask(const Task& task, Rows<T>& rows, const Chunk<T>& chunk) const {
     const int64_t first = position(task, rows.first), last = position(task, rows.first + rows.count - 1);
-    const int64_t key = rows.chunk.first;
+    const int64_t key = chunk.first;
     const bool all_visible = !p_.spans && rows.keys % kLanes == 0 && key + rows.keys - 1 <= first &&
                              (p_.window_size == 0 || key > last - p_.window_size);
     if (all_visible) return;
     for (int i = 0; i < rows.count; ++i) mask_row(task, position(task, rows.first + i), key, rows.keys, rows.row(i));
   }
 
-  /// From scores to the keys' unnormalised probabilities, for some of the rows. Updates their maxima and sums.
+  /// From scores to the keys' unnormalised probabilities. Updates the rows' maxima and sums.
   template <typename Prob>
-  void softmax(Partial state, Rows<T>& rows, int begin, int count) const {
+  void softmax(Partial state, Rows<T>& rows) const {
     const float scale = p_.softmax_scale * kLog2E;
-    const int end = std::min(rows.count, begin + count);
     float row_max[kTileRows<T>];
-    for (int i = begin; i < end; ++i) {
+    for (int i = 0; i < rows.count; ++i) {
       const float* score = rows.row(i);
       Vec top = load(score);
       for (int j = kLanes; j < rows.keys; j += kLanes) top = max(top, load(score + j));
@@ -337,8 +301,8 @@ class Kernel {
       row_max[i] = maximum == -kInfinity ? 0.0f : maximum;
       rows.rescale[i] = (before - row_max[i]) * scale;
     }
-    for (int i = begin; i < end; i += kLanes) store(rows.rescale + i, exp2(load(rows.rescale + i)));
-    for (int i = begin; i < end; ++i) {
+    for (int i = 0; i < rows.count; i += kLanes) store(rows.rescale + i, exp2(load(rows.rescale + i)));
+    for (int i = 0; i < rows.count; ++i) {
       const float* score = rows.row(i);
       auto* prob = reinterpret_cast<Prob*>(rows.row(i));  // behind the scores that are read
       Vec sum = load(state.sums + (rows.first + i) * kLanes) * rows.rescale[i];
@@ -359,15 +323,15 @@ class Kernel {
   }
 
   /// Adds the values, weighted by the rows' probabilities.
-  void weigh(Partial state, Rows<T>& rows) const {
+  void weigh(Partial state, Rows<T>& rows, const Chunk<T>& chunk) const {
     float* sums = state.values + rows.first * value_stride_;
-    if (rows.chunk.keys) return add_weighted(rows.count, rows.keys, rows.scores, rows.chunk.values, rows.rescale, sums);
+    if (chunk.keys) return add_weighted(rows.count, rows.keys, rows.scores, chunk.values, rows.rescale, sums);
     constexpr int64_t kStride = kScoreStride<T> * sizeof(float) / sizeof(Factor<T>);
     const auto* probs = reinterpret_cast<const Factor<T>*>(rows.scores);
     for (int64_t e = 0; e < size_; e += kTileColumns)
       multiply_tile<T>(rows.count, static_cast<int>(std::min<int64_t>(kTileColumns, size_ - e)), probs, kStride,
-                       rows.chunk.value_panels + e * rows.chunk.kValueLanes, kTileColumns, lanes_of<T>(rows.keys),
-                       rows.rescale, sums + e, value_stride_);
+                       chunk.value_panels + e * chunk.kValueLanes, kTileColumns, lanes_of<T>(rows.keys), rows.rescale,
+                       sums + e, value_stride_);
   }
 
   void add_weighted(int count, int keys, const float* probs, const T* const* values, const float* rescale,
@@ -375,8 +339,8 @@ class Kernel {
     static constexpr decltype(&add_values<T, 1>) kAddValues[] = {add_values<T, 1>, add_values<T, 2>, add_values<T, 3>,
                                                                  add_values<T, 4>};
     for (int r = 0; r < count; r += 4)
-      kAddValues[std::min(4, count - r) - 1](probs + r * kScoreStride<T>, kScoreStride<T>, keys, values, size_, rescale + r,
-                                             sums + r * value_stride_, value_stride_);
+      kAddValues[std::min(4, count - r) - 1](probs + r * kScoreStride<T>, kScoreStride<T>, keys, values, size_,
+                                             rescale + r, sums + r * value_stride_, value_stride_);
   }
 
   /// -inf for the keys that the query at `position` does not see, and behind the last key up to a whole vector.

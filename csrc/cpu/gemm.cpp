@@ -159,9 +159,9 @@ void dot_columns(const Factor<T>* x, int64_t x_stride, const T* const* weights, 
 
 /// RowTiles x ColumnTiles tiles of C, in tiles 0 to 3, which begin as zero or as what c holds. The second row of them
 /// begins `below` rows after the first: fewer than a tile's rows where they overlap, which writes the same sums twice.
-template <int RowTiles, int ColumnTiles, bool Once>
-void tile_block(bool add, int below, const bf16* a, int64_t a_stride, const float* panel, int64_t panel_stride, int64_t lanes,
-                float* c, int64_t c_stride) {
+template <int RowTiles, int ColumnTiles>
+void tile_block(bool add, int below, const bf16* a, int64_t a_stride, const float* panel, int64_t panel_stride,
+                int64_t lanes, float* c, int64_t c_stride) {
   const int64_t bytes = c_stride * sizeof(float);
   float* c_below = c + below * c_stride;
   if (add) {
@@ -177,10 +177,10 @@ void tile_block(bool add, int below, const bf16* a, int64_t a_stride, const floa
   const auto step = [&](const bf16* first, const bf16* second, int64_t stride, const float* b) {
     const int64_t a_bytes = stride * sizeof(bf16), b_bytes = panel_stride * sizeof(float);
     tile::load<4>(first, a_bytes);
-    Once ? tile::load_once<6>(b, b_bytes) : tile::load<6>(b, b_bytes);
+    tile::load_once<6>(b, b_bytes);
     tile::dp_bf16<0, 4, 6>();
     if constexpr (ColumnTiles == 2) {
-      Once ? tile::load_once<7>(b + kLanes, b_bytes) : tile::load<7>(b + kLanes, b_bytes);
+      tile::load_once<7>(b + kLanes, b_bytes);
       tile::dp_bf16<1, 4, 7>();
     }
     if constexpr (RowTiles == 2) {
@@ -209,12 +209,8 @@ void tile_block(bool add, int below, const bf16* a, int64_t a_stride, const floa
 
 void multiply_on_tiles(int rows, int columns, const bf16* a, int64_t a_stride, const float* panel, int64_t panel_stride,
                        int64_t lanes, const float* alpha, float* c, int64_t c_stride) {
-  using Block = decltype(&tile_block<1, 1, false>);
-  static constexpr Block kBlocks[2][4] = {
-      {tile_block<1, 1, false>, tile_block<1, 2, false>, tile_block<2, 1, false>, tile_block<2, 2, false>},
-      {tile_block<1, 1, true>, tile_block<1, 2, true>, tile_block<2, 1, true>, tile_block<2, 2, true>}};
-  constexpr int64_t kCachedLanes = 128;  // a panel of so many stays in the first cache from rows to rows
-  const Block* blocks = kBlocks[lanes > kCachedLanes];
+  static constexpr decltype(&tile_block<1, 1>) kBlocks[] = {tile_block<1, 1>, tile_block<1, 2>, tile_block<2, 1>,
+                                                            tile_block<2, 2>};
   // A dp adds 32 products up before it adds to C, so that the sum is in blocks already, up to here.
   constexpr int64_t kMostLanes = 512;
   const int row_tiles = rows > tile::kRows ? 2 : 1;
@@ -226,15 +222,17 @@ void multiply_on_tiles(int rows, int columns, const bf16* a, int64_t a_stride, c
   }
   for (int64_t k = 0; k < lanes; k += kMostLanes) {
     alignas(64) float partial[kTileRows<bf16> * kTileColumns];
-    float* sums = k > 0 ? partial : c;
-    const int64_t stride = k > 0 ? kTileColumns : c_stride;
+    const bool in_place =
+        k == 0 && (!alpha || rows >= tile::kRows);  // whole tiles of c, or rows that are not asked for
+    float* sums = in_place ? c : partial;
+    const int64_t stride = in_place ? c_stride : kTileColumns;
     for (int column = 0; column < columns; column += 2 * kLanes) {
       const int column_tiles = columns - column > kLanes ? 2 : 1;
-      blocks[2 * row_tiles + column_tiles - 3](alpha && k == 0, rows - tile::kRows, a + 2 * k, a_stride,
+      kBlocks[2 * row_tiles + column_tiles - 3](alpha && in_place, rows - tile::kRows, a + 2 * k, a_stride,
                                                 panel + k * panel_stride + column, panel_stride,
                                                 std::min(kMostLanes, lanes - k), sums + column, stride);
     }
-    if (k == 0) continue;
+    if (in_place) continue;
     for (int r = 0; r < rows; ++r)
       for (int i = 0; i < columns; i += kLanes)
         store(c + r * c_stride + i, load(c + r * c_stride + i) + load(partial + r * kTileColumns + i));

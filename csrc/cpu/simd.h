@@ -225,8 +225,8 @@ POP_INLINE Vec sum_rows(Vec (&rows)[kLanes]) {
 }
 
 /// exp(x) to about 2 ulp (and exactly 0 below the normal numbers): 2^n p(f) with n + f = x log2(e), |f| <= 1/2,
-/// p the degree-6 polynomial that minimises the relative error of 2^f there. Degree 4 is exact to 2.8e-6: a thousandth of
-/// what rounding to bf16 loses.
+/// p the degree-6 polynomial that minimises the relative error of 2^f there. Degree 4 is exact to 2.8e-6: a thousandth
+/// of what rounding to bf16 loses.
 template <int Degree = 6>
 POP_INLINE Vec exp2(Vec t) {
 #if defined(__AVX512BF16__)
