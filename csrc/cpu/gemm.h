@@ -215,13 +215,13 @@ template <typename T, typename Blocks, typename Epilogue>
 void gemm_many_tokens(const Threads& threads, int64_t begin, int64_t end, int64_t k, const Factor<T>* a,
                       int64_t a_stride, const Blocks& blocks, Epilogue&& epilogue) {
   constexpr int kRows = kTileRows<T>;
-  // Tiles multiply 16 tokens in the time of one vector load: a panel is packed for as many tokens as may be, and x,
-  // which passes by all panels of a group before its next rows are read, comes from far as rarely as may be.
-  constexpr int64_t kPackCost = kTiles<T> ? 56 : 6, kGroupFloats = kTiles<T> ? 256 * 1024 : 1;
+  // Tiles multiply faster than memory brings x, which passes by all panels of a group before its next rows are read: a
+  // group fills half of a second cache of 2 MB.
+  constexpr int64_t kPackCost = kTiles<T> ? 56 : 6, kGroupFloats = kTiles<T> ? 256 * 1024 : 1, kMostBlocks = 64;
   const int64_t lanes = lanes_of<T>(k), depth = panel_lanes<T>(k), tokens = end - begin;
   const int64_t stride = blocks.sums_stride(), block_floats = stride * depth;
-  const auto [group, parts] =
-      divide(tokens, blocks.count, std::max<int64_t>(1, kGroupFloats / block_floats), threads.count, kRows, kPackCost);
+  const int64_t most_blocks = std::clamp<int64_t>(kGroupFloats / block_floats, 1, kMostBlocks);
+  const auto [group, parts] = divide(tokens, blocks.count, most_blocks, threads.count, kRows, kPackCost);
   const int64_t part_tokens = round_up((tokens + parts - 1) / parts, kRows);
 
   parallel_for<TileScope<T>>(threads, (blocks.count + group - 1) / group * parts, [&](int64_t task) {
@@ -229,8 +229,8 @@ void gemm_many_tokens(const Threads& threads, int64_t begin, int64_t end, int64_
     const int64_t first = begin + task % parts * part_tokens, last = std::min(end, first + part_tokens);
     if (first >= last) return;
     struct PanelTag;
-    float* panels =
-        scratch<PanelTag, float>(group * block_floats);  // [group][columns / kTileColumns][depth][kTileColumns]
+    // [group][columns / kTileColumns][depth][kTileColumns]
+    float* panels = scratch<PanelTag, float>(group * block_floats);
     for (int64_t block = first_block; block < last_block; ++block) {
       const T** rows = blocks.template rows<T>(block);
       const int width = blocks.columns(block);
