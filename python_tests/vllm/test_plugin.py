@@ -238,7 +238,8 @@ def test_bfloat16(smollm2):
     """
     import pop_ext
 
-    prompts = [text_ids(smollm2)[start : start + 150] for start in range(0, 1200, 150)]
+    # of few prompts one alone decides: by eight of them the ratio was 0.8 and 2.1, by 54 of them 1.03
+    prompts = [text_ids(smollm2)[start : start + 150] for start in range(0, 32 * 150, 150)]
     found = {}
     for depth in (30, 20):
         model = pop_ext.load(smollm2, prefill_depth=depth, dtype=torch.bfloat16)
