@@ -64,7 +64,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def interrupt(self) -> None:
-        """Ctrl-C, once the program waits: Python misses one between the prompt's last letter and the call that reads."""
+        """Ctrl-C, once the program waits: Python misses one that comes between its prompt and the call that reads."""
         for _ in range(600):
             with open(f"/proc/{self.process.pid}/stat") as file:
                 if file.read().rpartition(")")[2].split()[0] == "S":
