@@ -116,6 +116,29 @@ def test_a_peer_runs_with_the_fastest_of_its_settings(folder, monkeypatch, slow,
         assert prefill.fastest_settings(peer, "float32", plan) == {"attention": fast}
 
 
+def test_an_engine_may_refuse_a_setting(monkeypatch):
+    """Then another is taken; that all are refused is an error."""
+
+    class Engine:
+        def __init__(self, settings):
+            self.settings = settings
+
+        def run(self, **command):
+            if self.settings["cache"] != "bf16":
+                raise workers.EngineError("no such cache on this processor")
+            return {"prefill_seconds": 1.0}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(prefill, "start_worker", lambda peer, settings, plan: Engine(settings))
+    plan = prefill.Plan([8], 1, 1, 0, False, print)
+    peer = prefill.Peer("engine", "model", [{"cache": "f32"}, {"cache": "bf16"}])
+    assert prefill.fastest_settings(peer, "bfloat16", plan) == {"cache": "bf16"}
+    with pytest.raises(workers.EngineError, match="no such cache"):
+        prefill.fastest_settings(prefill.Peer("engine", "model", 2 * [{"cache": "f32"}]), "bfloat16", plan)
+
+
 def test_a_low_share_of_the_machine_is_said(folder, capsys):
     lines = prefill.compare(str(folder), [], prompt_tokens=[8], rounds=1, decode_tokens=1)
     for share, said in ((0.59, True), (0.61, False)):
