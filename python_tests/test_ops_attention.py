@@ -41,6 +41,18 @@ def test_attention_large(isa, dtype, window_size):
 
 
 @DTYPES
+def test_attention_of_one_thread(isa, dtype):
+    """Which does not share a context out: more keys than are packed at once, of one head and of two together."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        check_attention([(20, 1700)], 6, 2, 128, dtype, block_size=64)
+        check_attention([(130, 2100), (45, 500)], 6, 2, 128, dtype, window_size=1900, block_size=64)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@DTYPES
 def test_attention_empty(isa, dtype):
     op_cases.attention_empty(dtype)
 

@@ -141,6 +141,17 @@ def test_ragged_products_are_exact(isa, depth):
             assert torch.equal(y.double(), reference_ops.linear(x, weight)), f"{tokens} x {width}"
 
 
+@pytest.mark.parametrize("depth", [33, 1088])
+@pytest.mark.parametrize("tokens", [193, 207, 1038])
+def test_ragged_tasks_are_exact(isa, tokens, depth):
+    """Tokens that threads share out, with few left in the last part; more blocks of the weight than a task takes."""
+    draw = Draw(depth, torch.bfloat16, strided=True)
+    for width in (321, 577):
+        x, weight = (draw.lay(draw.integers(-8, 9, n, depth).bfloat16()) for n in (tokens, width))
+        y = ops.linear(x, weight, out_dtype=torch.float32)
+        assert torch.equal(y.double(), reference_ops.linear(x, weight)), f"{tokens} x {width}"
+
+
 @pytest.mark.parametrize("tokens", [5, 13, 20, 40, 97])
 def test_a_token_of_nan_spoils_no_other(isa, tokens):
     draw = Draw(tokens, torch.bfloat16)

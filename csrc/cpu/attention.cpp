@@ -11,14 +11,15 @@ namespace {
 // Flash attention on the main loop of gemm.h. A task is some query tokens of a sequence with one key/value head; its
 // rows are those tokens' query heads of the group, so that keys and values, packed once per task, serve them all. Keys
 // pass by in chunks: scores of six rows (on tiles 32), their running softmax, and the weighted values, all in cache.
-// With few queries (decode) a task takes all heads, so that the cache is read as it lies, one block ahead; and where
+// With few queries (decode) a task takes all heads, so that the cache is read as it lies, one chunk ahead; and where
 // tasks are fewer than threads would have, they share the context out.
 
 template <typename T>
 constexpr int64_t kTaskRows = kTiles<T> ? 768 : 384;
-constexpr int64_t kChunkKeys = 256;  // scores of kTileRows<T> rows stay in L1
+constexpr int64_t kAllHeadsRows = 384;  // up to here a task takes all heads
+constexpr int64_t kChunkKeys = 256;     // scores of kTileRows<T> rows stay in L1
 template <typename T>
-constexpr int64_t kScoreStride = kChunkKeys + (kTiles<T> ? kLanes : 0);  // no power of two: so far lie a tile's rows
+constexpr int64_t kScoreStride = kChunkKeys + (kTiles<T> ? kLanes : 0);  // a power of two would crowd few sets of L1
 // Lanes of k in a block of a score's sum: a score's error is a relative error of its probability.
 template <typename T>
 constexpr int64_t kScoreLanes = std::is_same_v<T, float> ? 16 : kSumLanes;
@@ -35,9 +36,11 @@ struct Task {
 struct Partial {
   float *maximum, *sums, *values;
   int64_t value_stride;
-  static int64_t floats(int64_t rows, int64_t value_stride) { return rows * (1 + kLanes + value_stride); }
+  static int64_t floats(int64_t rows, int64_t value_stride) {
+    return round_up(rows, 16) + rows * (kLanes + value_stride);  // each begins at a line of the cache
+  }
   Partial(float* data, int64_t rows, int64_t stride)
-      : maximum(data), sums(data + rows), values(data + rows * (1 + kLanes)), value_stride(stride) {}
+      : maximum(data), sums(data + round_up(rows, 16)), values(sums + rows * kLanes), value_stride(stride) {}
   void advance(int64_t rows) { maximum += rows, sums += rows * kLanes, values += rows * value_stride; }
 };
 
@@ -108,11 +111,11 @@ class Kernel {
       const int64_t first = std::min(task.last_key, task.first_key + item % splits * keys);
       accumulate(task, first, std::min(first + keys, task.last_key), partial(item / splits, item % splits));
     });
-    for (int64_t i = 0; i < count; ++i) {
+    parallel_for(threads, count, [&](int64_t i) {
       std::vector<Partial> parts;
       for (int64_t split = 0; split < splits; ++split) parts.push_back(partial(i, split));
       finish(tasks[i], parts.data(), splits);
-    }
+    });
   }
 
  private:
@@ -121,7 +124,7 @@ class Kernel {
     const int64_t step = std::max<int64_t>(1, kTaskRows<T> / group_);
     for (int64_t s = 0; s < p_.sequences; ++s) {
       const int64_t queries = p_.cu_seqlens_q[s + 1] - p_.cu_seqlens_q[s], context = p_.seqlens_k[s];
-      const int64_t heads = queries * p_.query_heads <= kTaskRows<T> ? p_.key_cache.heads : 1;
+      const int64_t heads = queries * p_.query_heads <= kAllHeadsRows ? p_.key_cache.heads : 1;
       for (int64_t first = (queries - 1) / step * step; queries > 0 && first >= 0;
            first -= step) {  // the longest first
         const int64_t count = std::min(step, queries - first), position = context - queries + first;
@@ -166,7 +169,7 @@ class Kernel {
     std::fill_n(state.sums, rows * kLanes, 0.0f);
     std::fill_n(state.values, rows * value_stride_, 0.0f);
 
-    // Packed on tiles, a stretch of keys serves all rows in turn, each with its state in L1, out of the second cache.
+    // Packed on tiles, a stretch of keys stays in the second cache and serves all rows in turn.
     constexpr int64_t kStretchFloats = 192 * 1024;
     const int64_t chunk = task.heads > 1 ? kChunkKeysAllHeads : kChunkKeys;
     const int64_t chunks = kTiles<T> && packed ? std::max<int64_t>(1, kStretchFloats / chunk_floats()) : 1;
@@ -287,7 +290,8 @@ class Kernel {
     for (int i = 0; i < rows.count; ++i) mask_row(task, position(task, rows.first + i), key, rows.keys, rows.row(i));
   }
 
-  /// From scores to the keys' unnormalised probabilities. Updates the rows' maxima and sums.
+  /// From scores to the keys' unnormalised probabilities. Updates the rows' maxima and sums, and says by what to
+  /// rescale.
   template <typename Prob>
   void softmax(Partial state, Rows<T>& rows) const {
     const float scale = p_.softmax_scale * kLog2E;

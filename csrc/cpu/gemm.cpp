@@ -85,7 +85,7 @@ constexpr int kPrefetchBytes = 12 * 1024;  // ahead of a weight that is read onc
 template <typename T>
 inline constexpr int kDotStep = kConverted<T> ? 2 * kLanes : kPerLane<T> * kLanes;
 
-template <typename T, int Rows, int Chains, typename N>
+template <typename T, bool Prefetch, int Rows, int Chains, typename N>
 POP_INLINE void dot_step(const Factor<T>* x, int64_t x_stride, const T* w, N available, Vec (&acc)[Rows][Chains],
                          int chain) {
   if constexpr (kConverted<T>) {
@@ -101,7 +101,7 @@ POP_INLINE void dot_step(const Factor<T>* x, int64_t x_stride, const T* w, N ava
     }
   } else {
     // Rows lie behind each other, mostly: the hardware's own prefetch ends with each page, and reads a fifth less.
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes, 0, 2);
+    if constexpr (Prefetch) __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes, 0, 2);
     const Vec wv = load_lanes(w, available);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
@@ -124,10 +124,10 @@ void dots(const Factor<T>* x, int64_t x_stride, const T* w, int64_t k, Vec* sums
     for (; i + kUnroll * kStep <= end; i += kUnroll * kStep) {
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u)
-        dot_step<T>(x + i + u * kStep, x_stride, w + i + u * kStep, std::integral_constant<int, kStep>{}, acc,
-                    u * kSums);
+        dot_step<T, !Short>(x + i + u * kStep, x_stride, w + i + u * kStep, std::integral_constant<int, kStep>{}, acc,
+                            u * kSums);
     }
-    for (; i < end; i += kStep) dot_step<T>(x + i, x_stride, w + i, end - i, acc, 0);
+    for (; i < end; i += kStep) dot_step<T, !Short>(x + i, x_stride, w + i, end - i, acc, 0);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
@@ -222,8 +222,8 @@ void multiply_on_tiles(int rows, int columns, const bf16* a, int64_t a_stride, c
   }
   for (int64_t k = 0; k < lanes; k += kMostLanes) {
     alignas(64) float partial[kTileRows<bf16> * kTileColumns];
-    const bool in_place =
-        k == 0 && (!alpha || rows >= tile::kRows);  // whole tiles of c, or rows that are not asked for
+    // C is written in whole tiles: rows that are not asked for may be overwritten, but not added to.
+    const bool in_place = k == 0 && (!alpha || rows >= tile::kRows);
     float* sums = in_place ? c : partial;
     const int64_t stride = in_place ? c_stride : kTileColumns;
     for (int column = 0; column < columns; column += 2 * kLanes) {
@@ -253,8 +253,13 @@ void pack_panel(const T* const* rows, int columns, int64_t k, float* panel, int6
     const int count = std::min(kLanes, columns - v * kLanes);
     for (int64_t i = 0; i < k; i += kStep) {
       Vec lanes[kLanes];
-      if (count == kLanes && i + kStep <= k && !kConverted<T>) {
+      const bool whole = count == kLanes && i + kStep <= k;
+      if (whole && !kConverted<T>) {
         load_transposed(rows + v * kLanes, i * int64_t{sizeof(T)}, lanes);
+      } else if (whole) {
+#pragma GCC unroll 16
+        for (int c = 0; c < kLanes; ++c) lanes[c] = load_lanes(rows[v * kLanes + c] + i, kStep);
+        transpose(lanes);
       } else {
         for (int c = 0; c < kLanes; ++c) lanes[c] = c < count ? load_lanes(rows[v * kLanes + c] + i, k - i) : Vec{};
         transpose(lanes);

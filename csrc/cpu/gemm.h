@@ -4,9 +4,10 @@
 //
 // x is read as it lies where it can be (pairs of bf16, or floats), else copied once. The weight is stored as it lies in
 // the checkpoint, too: up to kTileColumns of its rows are transposed into a panel [k][columns] that stays in cache
-// while all of x passes by, which costs about 5 / tokens of the multiplication; no second copy of the weights is ever
-// kept. Few tokens (decode) take plain dot products instead: each weight is read once, nothing is packed. Both leave a
-// block of fp32 sums in L1, and the operation's epilogue takes it from there.
+// while all of x passes by, which costs about 5 / tokens of the multiplication (on tiles ten times that, and several
+// panels stay together); no second copy of the weights is ever kept. Few tokens (decode) take plain dot products
+// instead: each weight is read once, nothing is packed. Both leave a block of fp32 sums in L1, and the operation's
+// epilogue takes it from there.
 //
 // Sums over k are made in blocks, which are then added up: the rounding errors of a sum grow with the root of its
 // length, and those of two short sums after each other are less than those of one long one.
@@ -31,7 +32,7 @@ inline constexpr int kTileRows = kTiles<T> ? 2 * tile::kRows : kVectorRows;
 inline constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 inline constexpr int kTileColumns = kTileVecs * kLanes;
 inline constexpr int64_t kFewTokens = 12;  // up to here dot products beat packing the weight
-inline constexpr int64_t kSumLanes = 96;   // lanes of k in a block of the sum; divides many widths of models
+inline constexpr int64_t kSumLanes = 96;   // lanes of k in a block of the sum
 
 /// How elements of T are multiplied: in pairs where the processor multiplies bf16, else as floats. A lane holds
 /// kPerLane of them.
@@ -100,7 +101,7 @@ void pack_panel(const T* const* rows, int columns, int64_t k, float* panel, int6
 
 /// c[r][column] = (alpha ? alpha[r] c[r][column] : 0) + sum over lanes of a[r] panel[lane][column]; rows <=
 /// kTileRows<T>, columns <= kTileColumns. Whole vectors of c are written and, without alpha, up to kTileRows<T> rows;
-/// on tiles at least tile::kRows rows of a are read.
+/// on tiles at least tile::kRows rows of a are read. The sum is made in blocks of sum_lanes; tiles have their own.
 template <typename T>
 void multiply_tile(int rows, int columns, const Factor<T>* a, int64_t a_stride, const float* panel,
                    int64_t panel_stride, int64_t lanes, const float* alpha, float* c, int64_t c_stride,
@@ -149,17 +150,18 @@ struct Division {
   int64_t group, parts;
 };
 
-/// The division that takes the busiest thread the least: each task packs its panels, which costs as much as pack_cost
-/// tokens. Of equals the one with the largest group, as all of the part's x passes by each group.
+/// The division in which the busiest thread has the least to do: each task packs its panels, which costs as much as
+/// pack_cost tokens. A smaller group, by which x passes more often, must be better by a thirtieth.
 inline Division divide(int64_t tokens, int64_t blocks, int64_t most_blocks, int threads, int64_t rows,
                        int64_t pack_cost) {
   Division best{1, 1};
   int64_t best_cost = INT64_MAX;
   for (int64_t group = std::min(blocks, most_blocks); group > 0; --group) {
+    int64_t bound = best_cost - best_cost / 30;
     for (int64_t parts = 1; parts <= std::max<int64_t>(1, tokens / 96) && parts <= 4 * threads; ++parts) {
       const int64_t rounds = ((blocks + group - 1) / group * parts + threads - 1) / threads;
       const int64_t cost = rounds * group * (round_up((tokens + parts - 1) / parts, rows) + pack_cost);
-      if (cost < best_cost) best = {group, parts}, best_cost = cost;
+      if (cost < bound) best = {group, parts}, best_cost = bound = cost;
     }
   }
   return best;
@@ -244,12 +246,12 @@ void gemm_many_tokens(const Threads& threads, int64_t begin, int64_t end, int64_
       const int count = static_cast<int>(std::min<int64_t>(kRows, last - t));
       // A tile's rows end where x ends: the last few tokens come with some before them, which are computed again.
       const int again = kTiles<T> ? static_cast<int>(std::clamp<int64_t>(tile::kRows - count, 0, t - begin)) : 0;
-      const Factor<T>* rows = a + (t - begin - again) * a_stride;
+      const Factor<T>* x_rows = a + (t - begin - again) * a_stride;
       const auto multiply = [&](int64_t block, float* to) {
         const float* panel = panels + (block - first_block) * block_floats;
         const int width = blocks.columns(block);
         for (int c = 0; c < width; c += kTileColumns)
-          multiply_tile<T>(again + count, std::min(kTileColumns, width - c), rows, a_stride, panel + c * depth,
+          multiply_tile<T>(again + count, std::min(kTileColumns, width - c), x_rows, a_stride, panel + c * depth,
                            kTileColumns, lanes, nullptr, to + c, stride);
       };
       // The tile unit works through what it was given while the vector units finish the block before.
