@@ -162,8 +162,7 @@ def test_a_terminal_of_80_columns(folder):
     status, shown = run_in_terminal(command, 80)
     lines = [re.split(r"\r", line)[-1] for line in shown.split("\n")]
     assert status == 2 and max(map(len, lines)) <= 80
-    assert re.search(rf"verifying: ({'|'.join(uses.USES)})", shown)  # a fast machine shows not every use
-    assert re.search(r"prose +\d\.\d{3} ± \d\.\d{3} +\d+\.\d +no", shown)
+    assert "verifying: prose" in shown and re.search(r"prose +\d\.\d{3} ± \d\.\d{3} +\d+\.\d +no", shown)
     assert "Not safe: prefill depth 1 of 10 passes none of 6 checks." in " ".join(shown.split())
 
 

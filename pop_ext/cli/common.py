@@ -186,7 +186,9 @@ def progress_bar(description: str):
         task = progress.add_task(description, total=None)
 
         def report(done: int, total: int, note: str = "") -> None:
-            progress.update(task, completed=done, total=total, description=f"{description} {note}".strip())
+            said = f"{description} {note}".strip()
+            new = said != progress.tasks[0].description  # shown at once, however soon the next one follows
+            progress.update(task, completed=done, total=total, description=said, refresh=new)
 
         yield report
 
