@@ -96,7 +96,7 @@ def occupancy(registers: int, threads: int, shared: int, sm: int = 80) -> Occupa
 
 
 @functools.cache
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     packaged = pathlib.Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / name
     path = str(packaged) if packaged.exists() else shutil.which(name)
     if not path:
@@ -121,8 +121,8 @@ def static_facts(ptx: str, kernel: str, sm: int = 80) -> StaticFacts:
         source, binary = f"{folder}/kernel.ptx", f"{folder}/kernel.cubin"
         pathlib.Path(source).write_text(ptx)
         flags = ["-v", "-lineinfo", f"-arch=sm_{sm}", "-e", kernel]
-        said = _run(_tool("ptxas"), *flags, source, "-o", binary).stderr
-        listing = _run(_tool("nvdisasm"), "-c", "-gp", binary).stdout
+        said = _run(tool("ptxas"), *flags, source, "-o", binary).stderr
+        listing = _run(tool("nvdisasm"), "-c", "-gp", binary).stdout
 
     def number(pattern: str, text: str) -> int:
         found = re.search(pattern, text)

@@ -43,7 +43,7 @@ ret;
 def tools():
     for name in ("ptxas", "nvdisasm"):
         try:
-            sass._tool(name)
+            sass.tool(name)
         except FileNotFoundError as error:
             pytest.skip(str(error))
 
