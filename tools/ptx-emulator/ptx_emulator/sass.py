@@ -97,6 +97,7 @@ def occupancy(registers: int, threads: int, shared: int, sm: int = 80) -> Occupa
 
 @functools.cache
 def tool(name: str) -> str:
+    """The path of one of NVIDIA's programs. FileNotFoundError where it is not installed."""
     packaged = pathlib.Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / name
     path = str(packaged) if packaged.exists() else shutil.which(name)
     if not path:
