@@ -179,21 +179,23 @@ class Kernel {
       prefetch(p_.value_cache, task, key, keys_from(key));
     };
     prefetch_from(first_key);
-    std::vector<Chunk<T>> stretch;
+    struct StretchTag;
+    Chunk<T>* stretch = scratch<StretchTag, Chunk<T>>(chunks);
     const T *keys[kChunkKeys], *values[kChunkKeys];
     for (int64_t begin = first_key; begin < last_key; begin += chunks * chunk) {
       const int64_t end = std::min(last_key, begin + chunks * chunk);
       Partial head_state = state;
       for (int64_t h = 0; h < task.heads; ++h, head_state.advance(head_rows)) {
-        stretch.clear();
+        int64_t count = 0;
         for (int64_t key = begin; key < end; key += chunk) {
           if (h == 0 && key + chunk < last_key) prefetch_from(key + chunk);
           locate(p_.key_cache, task, task.first_head + h, key, keys_from(key), keys);
           locate(p_.value_cache, task, task.first_head + h, key, keys_from(key), values);
-          stretch.push_back({key, keys_from(key), keys, values, nullptr, nullptr});
-          if (packed) pack(stretch.back(), stretch.size() - 1, chunks);
+          stretch[count] = {key, keys_from(key), keys, values, nullptr, nullptr};
+          if (packed) pack(stretch[count], count, chunks);
+          ++count;
         }
-        meet(task, head_state, query + h * head_rows * query_stride, query_stride, stretch);
+        meet(task, head_state, query + h * head_rows * query_stride, query_stride, stretch, count);
       }
     }
   }
@@ -239,13 +241,14 @@ class Kernel {
   }
 
   /// The rows of one head meet chunks of keys: each row all of them before the next.
-  void meet(const Task& task, Partial state, const Factor<T>* query, int64_t query_stride,
-            const std::vector<Chunk<T>>& chunks) const {
+  void meet(const Task& task, Partial state, const Factor<T>* query, int64_t query_stride, const Chunk<T>* chunks,
+            int64_t count) const {
     const int64_t head_rows = task.queries * group_;
     Rows<T> rows;
     for (int64_t r = 0; r < head_rows; r += kTileRows<T>) {
       rows.first = r, rows.count = static_cast<int>(std::min<int64_t>(kTileRows<T>, head_rows - r));
-      for (const Chunk<T>& chunk : chunks) {
+      for (int64_t i = 0; i < count; ++i) {
+        const Chunk<T>& chunk = chunks[i];
         rows.keys = visible_keys(task, rows, chunk);
         if (rows.keys == 0) continue;
         score(rows, query + r * query_stride, query_stride, chunk);
