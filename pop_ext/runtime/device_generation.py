@@ -63,10 +63,10 @@ class _Loop:
         self.done = [False] * len(rows)
 
     def choose(self, logits: Tensor) -> None:
-        """The next tokens by processors that `pop.sample` does not know, row by row."""
+        """The next tokens by processors that `pop.sample` does not know."""
         active = self.decoder.rows
         rows = [self.rows[row.index] for row in active]
-        scores = self.rules.scores(rows, [logits[row.index : row.index + 1] for row in active])
+        scores = self.rules.scores(rows, [logits[row.index] for row in active])
         tokens = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
         settings = uniforms = None
         if self.rules.do_sample:

@@ -141,8 +141,10 @@ class Model(PrefillModel):
             generation_config.json: lengths (20 new tokens where nothing says otherwise, as in transformers), sampling,
             penalties, stop strings, ... Whatever is not one sequence per prompt, greedy or sampled (beams, assisted
             decoding, guidance, ...) raises. A row also ends where the model's context does.
-        logits_processor, stopping_criteria: lists of your own, called once per row and token with that row's ids
-            [1, n] (the whole conversation) and scores [1, vocabulary]; scores are not handed to stopping criteria.
+        logits_processor: a list of your own, called with ids [rows, n] (whole conversations, never padded) and scores
+            [rows, vocabulary]: once a token for all rows whose prompts are of one length, which grow alike.
+        stopping_criteria: a list of your own, called once per row and token with that row's ids [1, n] and None for
+            scores.
         streamer: a transformers streamer, for a single prompt; it gets the new prompt's ids, then every token.
         seed: for sampling. Row i draws from its own generator seeded with seed + i, whatever its neighbours are;
             None takes a seed from torch's global generator.

@@ -14,12 +14,15 @@ from typing import Any, cast
 import torch
 import transformers
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
     LogitsProcessorList,
     MaxLengthCriteria,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -72,12 +75,20 @@ KNOWN_PROCESSORS = {
     )
 }
 
+# What holds something of its row: its prompt, or what it has seen so far.
+PROCESSORS_OF_A_ROW = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+)
+
 
 @dataclass
 class Row:
     """One sequence while it is generated."""
 
     sequence: object
+    prompt_length: int  # tokens of the conversation with the new prompt
     max_new_tokens: int
     processors: LogitsProcessorList
     generator: torch.Generator | None
@@ -166,13 +177,18 @@ class TransformersRules(cast(Any, transformers.GenerationMixin)):
             device=self.device,
         )
         looked_at = ids.to(self.device, non_blocking=True) if processors or self.criteria else None
-        return Row(sequence, config.max_length - length, processors, generator, looked_at)
+        return Row(sequence, length, config.max_length - length, processors, generator, looked_at)
 
     def choose(self, rows: list[Row], logits: torch.Tensor, return_logprobs: bool) -> list[int]:
         """The next token of every row from logits [rows, vocabulary] float32; appends it to the rows."""
         if self.do_sample or rows[0].processors:
             check_logits(logits)
-            tokens = [self._choose_one(row, logits[i : i + 1].clone()) for i, row in enumerate(rows)]
+            scores = self.scores(rows, list(logits))
+            if self.do_sample:
+                pairs = zip(rows, scores.softmax(-1), strict=True)
+                tokens = [sample(probabilities, row.generator) for row, probabilities in pairs]
+            else:
+                tokens = _argmax(scores)
         else:
             tokens = _argmax(logits)
             check_chosen(logits, tokens)
@@ -185,10 +201,6 @@ class TransformersRules(cast(Any, transformers.GenerationMixin)):
             if row.ids is not None:
                 row.ids = torch.cat([row.ids, row.ids.new_tensor([[token]])], dim=1)
         return tokens
-
-    def _choose_one(self, row: Row, logits: torch.Tensor) -> int:
-        scores = row.processors(row.ids, logits)
-        return sample(scores.softmax(-1), row.generator) if self.do_sample else _argmax(scores)[0]
 
     def batched(self, row: Row) -> tuple[str, list[float] | None]:
         """How `pop.sample` chooses as `choose` would: "greedy"; "sample" with a row of settings; or "logits", where
@@ -214,8 +226,22 @@ class TransformersRules(cast(Any, transformers.GenerationMixin)):
         return "sample", settings
 
     def scores(self, rows: list[Row], logits: list[torch.Tensor]) -> torch.Tensor:
-        """What the processors make of each row's logits [1, V]: [rows, V]."""
-        return torch.cat([row.processors(row.ids, x.clone()) for row, x in zip(rows, logits, strict=True)])
+        """What the processors make of each row's logits [V]: [rows, V].
+
+        Rows whose prompts are of one length grow alike and have equal processors: they meet them together.
+        """
+        groups: dict[tuple, list[int]] = {}
+        for i, row in enumerate(rows):
+            alone = any(isinstance(processor, PROCESSORS_OF_A_ROW) for processor in row.processors)
+            groups.setdefault((row.prompt_length, i if alone else None), []).append(i)
+        scores: list[Any] = [None] * len(rows)
+        for members in groups.values():
+            group = torch.stack([logits[i] for i in members])
+            if processors := rows[members[0]].processors:
+                group = processors(torch.cat([rows[i].ids for i in members]), group)
+            for i, row_scores in zip(members, group, strict=True):
+                scores[i] = row_scores
+        return torch.stack(scores)
 
     def is_finished(self, row: Row, ids: Any = None) -> bool:
         """ids: the conversation where it is not `row.ids`."""
@@ -226,11 +252,11 @@ class TransformersRules(cast(Any, transformers.GenerationMixin)):
 
 
 def sample(probabilities: torch.Tensor, generator: torch.Generator | None) -> int:
-    """Draws an index from probabilities [1, vocabulary] by inverting their sum: one random number a token.
+    """Draws an index from probabilities [vocabulary] by inverting their sum: one random number a token.
 
     torch.multinomial draws one for every entry of the vocabulary, which takes as long as a small model does.
     """
-    sums = probabilities[0].cumsum(0, dtype=torch.float64)
+    sums = probabilities.cumsum(0, dtype=torch.float64)
     point = torch.rand((), generator=generator, dtype=torch.float64).to(sums.device) * sums[-1]
     if not point.isfinite():
         raise ValueError("no token can be sampled: the scores are not finite or every token is ruled out")

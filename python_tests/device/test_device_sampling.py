@@ -52,9 +52,10 @@ def test_sampling_is_the_cpus(llama, small_buckets, settings):
 def test_processors_and_criteria_of_the_caller(llama):
     """Each row's own, on the device: of its ids and scores; criteria see what was read, no token more."""
     ours = pop_ext.load(llama, device=DEVICE, prefill_depth=3, max_cache_tokens=CACHE)
-    prompts, seen = draw_prompts(30, 7), []
+    prompts, seen, shapes = draw_prompts(30, 7, 30), [], []
 
     def only_even(ids, scores):
+        shapes.append(tuple(ids.shape))
         scores[:, 1::2] = float("-inf")
         return scores
 
@@ -63,5 +64,6 @@ def test_processors_and_criteria_of_the_caller(llama):
         return torch.tensor([ids.shape[1] == 12], device=ids.device)
 
     output = generate(ours, prompts, logits_processor=[only_even], stopping_criteria=[stop], max_new_tokens=9)
-    assert all(token % 2 == 0 for row in output.tokens for token in row) and [*map(len, output.tokens)] == [9, 5]
+    assert all(token % 2 == 0 for row in output.tokens for token in row) and [*map(len, output.tokens)] == [9, 5, 9]
+    assert shapes[:4] == [(2, 30), (1, 7), (2, 31), (1, 8)]  # rows of one length together
     assert [n for n in seen if n <= 12] == [8, 9, 10, 11, 12]

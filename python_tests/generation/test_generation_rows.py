@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import transformers
-from generation_prompts import PROMPTS, expected
+from generation_prompts import PROMPTS, expected, make_prompts
 
 
 def test_sampling_does_not_depend_on_neighbours(model):
@@ -76,6 +76,31 @@ def test_own_processors_and_criteria_see_their_row(model):
         # processors work on a copy: the log-probabilities are the model's own
         raw = model.logits([prompt], [tokens])[0].log_softmax(-1)
         assert logprobs == pytest.approx(raw.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist(), abs=1e-4)
+
+
+def test_rows_of_one_length_meet_a_processor_together(model):
+    prompts, seen = make_prompts(9, 5, 9, 9), []
+
+    def only_even(ids, scores):
+        seen.append(ids.tolist())
+        assert scores.shape == (len(ids), model.spec.vocab_size)
+        scores[:, 1::2] = -torch.inf
+        return scores
+
+    settings = dict(max_new_tokens=6, logits_processor=[only_even], do_sample=True, top_k=50, repetition_penalty=1.3)
+    together = model.generate(prompts, seed=1, **settings).tokens
+    rows = [prompt + tokens for prompt, tokens in zip(prompts, together, strict=True)]
+    steps = [[[rows[i][: 9 + n] for i in (0, 2, 3)], [rows[1][: 5 + n]]] for n in range(6)]
+    assert seen == [group for step in steps for group in step]
+    assert not any(token % 2 for row in together for token in row)
+    assert together == [model.generate([prompt], seed=1 + i, **settings).tokens[0] for i, prompt in enumerate(prompts)]
+
+
+def test_processors_of_a_prompt_see_their_own(model):
+    """Prompts of one length are not taken for each other."""
+    prompts, settings = make_prompts(9, 9), dict(encoder_repetition_penalty=1.7)
+    together = model.generate(prompts, max_new_tokens=12, **settings).tokens
+    assert together == [model.generate([prompt], max_new_tokens=12, **settings).tokens[0] for prompt in prompts]
 
 
 def test_own_length_criterion_goes_before_the_setting(model):

@@ -110,16 +110,16 @@ def test_sampling_is_transformers(model, peer, settings, monkeypatch):
     settings = dict(max_new_tokens=24, do_sample=True) | settings
     for seed, prompt in enumerate(PROMPTS):
         generator = torch.Generator().manual_seed(seed)
-        monkeypatch.setattr(torch, "multinomial", lambda p, num_samples, g=generator: torch.tensor([[sample(p, g)]]))
+        monkeypatch.setattr(torch, "multinomial", lambda p, num_samples, g=generator: torch.tensor([[sample(p[0], g)]]))
         assert model.generate([prompt], seed=seed, **settings).tokens == [expected(peer, prompt, **settings)]
 
 
 def test_sample_follows_the_probabilities():
-    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0]])
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
     generator = torch.Generator().manual_seed(0)
     counts = torch.bincount(torch.tensor([sample(probabilities, generator) for _ in range(20000)]), minlength=6)
     assert counts[[0, 2, 5]].sum() == 0
     # five standard deviations
-    torch.testing.assert_close(counts / 20000, probabilities[0], atol=5 * (0.25 / 20000) ** 0.5, rtol=0)
+    torch.testing.assert_close(counts / 20000, probabilities, atol=5 * (0.25 / 20000) ** 0.5, rtol=0)
     with pytest.raises(ValueError, match="no token can be sampled"):
-        sample(torch.full((1, 6), torch.nan), generator)
+        sample(torch.full((6,), torch.nan), generator)
