@@ -6,7 +6,7 @@ then decodes d tokens greedily. The answer:
 
     prefill_seconds, decode_seconds             wall time; decode_seconds is of all d tokens
     prefill_cpu_seconds, decode_cpu_seconds     processor time of the whole process, all threads
-    dtype, stages                               of the weights, and prefill_seconds by stage ("pop")
+    dtype, instruction_set, stages              of the weights, in use, and prefill_seconds by stage ("pop")
     cpu_seconds                                 processor time of the command altogether
 
 "machine" is not an engine but the yardstick; to {} it answers with the rates of a large matrix multiplication and of
@@ -111,13 +111,19 @@ class Machine:
 class Pop:
     """This project."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, dtype: str = "auto", isa: str | None = None):
         import torch
 
         import pop_ext
 
         torch.set_num_threads(THREADS)
-        self.model = pop_ext.load(model, device="cpu")
+        if isa:
+            pop_ext.ops.set_cpu_isa(isa)
+        self.model = pop_ext.load(model, device="cpu", dtype=dtype)
+        self.settings = {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "instruction_set": pop_ext.ops.cpu_isa(),
+        }
 
     def run(self, prompt_tokens: int, decode_tokens: int, prefill_depth: int) -> dict:
         prompt = random_prompt(self.model.spec.vocab_size, prompt_tokens)
@@ -129,8 +135,8 @@ class Pop:
             for _ in range(decode_tokens):
                 token = self.model.decode([sequence], [token])[0].argmax().item()
         self.model.free(sequence)
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return times(prefill, decode, dtype=dtype, stages={name: getattr(stages, name) for name in stages.STAGES})
+        stages = {name: getattr(stages, name) for name in stages.STAGES}
+        return times(prefill, decode, stages=stages, **self.settings)
 
 
 class Transformers:

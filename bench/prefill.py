@@ -10,6 +10,7 @@ what is reported are medians over the rounds.
 A line of the result (an object of the list that --json prints) is one engine with one prompt length:
 
     processor, instruction_set, cores, threads      what it ran on; instruction_set is that of "pop"
+    limited_to                 the instruction set that --isa keeps every engine to, else null
     dtype, settings            of the engine's weights and multiplications, and what it was started with
     engine, prefill_depth      "pop" is this project; prefill_depth layers run for all prompt tokens
     prompt_tokens              n
@@ -54,6 +55,11 @@ from pop_ext.checkpoints.config import load_config  # noqa: E402
 from pop_ext.checkpoints.families import ModelSpec  # noqa: E402
 from pop_ext.checkpoints.files import resolve_folder  # noqa: E402
 
+# How other engines' libraries are kept to an instruction set: ATen, oneDNN (OpenVINO's too, though not all of its own
+# kernels ask it), MKL.
+LIMITS = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
 LOW_SHARE = 0.6  # of the machine's large GEMM: below it, "pop" does not serve this processor well
 
 
@@ -62,7 +68,6 @@ def processor() -> dict:
     build = pop_ext.build_info()
     return {
         "processor": build["processor"],
-        "instruction_set": build["cpu_isa"],
         "cores": build["cpu_cores"],
         "threads": THREADS,
     }
@@ -102,6 +107,7 @@ class Plan:
     decode_tokens: int
     patience: float
     processor_time: bool
+    isa: str | None
     say: Callable[[str], None]
 
     @property
@@ -110,8 +116,8 @@ class Plan:
 
     @property
     def environment(self) -> dict:
-        """Threads that wait for one another by spinning would count as busy."""
-        return {"OMP_WAIT_POLICY": "passive"} if self.processor_time else {}
+        # threads that wait for one another by spinning would count as busy
+        return ({"OMP_WAIT_POLICY": "passive"} if self.processor_time else {}) | (LIMITS[self.isa] if self.isa else {})
 
     def rates(self, contender: Contender, count: int) -> list[float]:
         """Prompt tokens per second, a sample each. Of processor time, what all threads could do in a second."""
@@ -133,14 +139,19 @@ def compare(
     decode_tokens: int,
     patience: float = 0,
     processor_time: bool = False,
+    isa: str | None = None,
+    own: dict | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:
-    """Runs the rounds and returns the lines described above. "pop" runs at full depth and `depths` (two thirds)."""
+    """Runs the rounds and returns the lines described above. "pop" runs at full depth and `depths` (two thirds), with
+    the settings `own`.
+    """
     folder = resolve_folder(model)
     spec = ModelSpec.from_config(load_config(folder))
     layers = spec.num_layers
     depths = sorted({layers, *(depths or [max(1, round(layers * 2 / 3))])}, reverse=True)
-    plan = Plan(prompt_tokens, rounds, decode_tokens, patience, processor_time, say)
+    own = (own or {}) | ({"isa": isa} if isa else {})
+    plan = Plan(prompt_tokens, rounds, decode_tokens, patience, processor_time, isa, say)
     with ExitStack() as running:
 
         def start(peer: Peer, settings: dict) -> Worker:
@@ -148,15 +159,16 @@ def compare(
 
         machine = start(Peer("machine", str(folder)), {})
         dtype = machine.run()["dtype"]
-        pop = start(Peer("pop", str(folder)), {})
-        own = pop.run(prompt_tokens=1, decode_tokens=0, prefill_depth=layers)["dtype"]
-        contenders = [Contender("pop", depth, own, {}, pop, {"prefill_depth": depth}) for depth in depths]
+        pop = start(Peer("pop", str(folder)), own)
+        first = pop.run(prompt_tokens=1, decode_tokens=0, prefill_depth=layers)
+        contenders = [Contender("pop", depth, first["dtype"], {}, pop, {"prefill_depth": depth}) for depth in depths]
         for peer in peers:
             settings = fastest_settings(peer, dtype, plan)
             worker = start(peer, {"dtype": dtype} | settings)
             contenders.append(Contender(peer.engine, layers, dtype, settings, worker, {}))
         yardsticks = run_rounds(plan, machine, contenders)
-    return result_lines(plan, spec, dtype, contenders, yardsticks)
+    ran_on = processor() | {"instruction_set": first["instruction_set"], "limited_to": isa}
+    return result_lines(plan, spec, dtype, ran_on, contenders, yardsticks)
 
 
 def start_worker(peer: Peer, settings: dict, plan: Plan) -> Worker:
@@ -205,19 +217,19 @@ def run_rounds(plan: Plan, machine: Worker, contenders: list[Contender]) -> list
 
 
 def result_lines(
-    plan: Plan, spec: ModelSpec, dtype: str, contenders: list[Contender], yardsticks: list[dict]
+    plan: Plan, spec: ModelSpec, dtype: str, ran_on: dict, contenders: list[Contender], yardsticks: list[dict]
 ) -> list[dict]:
     unit = plan.clock.removesuffix("s")
     gemm = [y[f"multiplications_per_{unit}"] for y in yardsticks]
     bandwidth = [y[f"read_bytes_per_{unit}"] for y in yardsticks]
-    lines, machine = [], processor()
+    lines = []
     for count in plan.prompt_tokens:
         limits = [rate * count / plain_multiplications(spec, count) for rate in gemm]
         full = plan.rates(contenders[0], count)
         for c in contenders:
             samples, rate, decode = c.samples[count], plan.rates(c, count), plan.decode_rates(c, count)
             weights = decode_bytes(spec, 2 if c.dtype == "bfloat16" else 4)
-            line = machine | {
+            line = ran_on | {
                 "engine": c.engine,
                 "prefill_depth": c.prefill_depth,
                 "dtype": c.dtype,
@@ -249,6 +261,8 @@ def show(lines: list[dict], console: Console, processor_time: bool = False) -> N
     gemm, memory = (lines[0][key] for key in ("gemm_gigaflops", "read_gigabytes_per_second"))
     load = mean(line["other_load"] for line in lines)
     on = f"{lines[0]['processor']}, {lines[0]['cores']} cores, pop with {lines[0]['instruction_set']}"
+    if lines[0]["limited_to"]:
+        on += f", all engines kept to {lines[0]['limited_to']}"
     rates = f"large GEMM ({lines[0]['gemm_dtype']}) {gemm:.0f} GFLOP/s, memory {memory:.1f} GB/s"
     title = f"{on}\n{THREADS} threads; {rates}"
     caption = f"by {'processor' if processor_time else 'wall'} time; others kept {load:.2f} processors busy"
@@ -309,6 +323,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     add("--peers", nargs="*", default=["transformers", "transformers-compile"], metavar="ENGINE")
     add("--patience", type=float, default=0, metavar="SECONDS", help="how long a sample may wait for a quiet machine")
     add("--processor-time", action="store_true", help="rates by processor time: an approximation for a busy machine")
+    add("--isa", choices=sorted(LIMITS), help="keep every engine to this instruction set")
+    add("--dtype", choices=["bfloat16", "float32"], help="of ours, in place of what load takes by itself")
     return parser
 
 
@@ -325,6 +341,8 @@ def main(options: argparse.Namespace, peers: list[Peer]) -> None:
                 decode_tokens=options.decode_tokens,
                 patience=options.patience,
                 processor_time=options.processor_time,
+                isa=options.isa,
+                own={"dtype": options.dtype} if options.dtype else {},
                 say=status.update,
             )
     except EngineError as error:
@@ -332,7 +350,7 @@ def main(options: argparse.Namespace, peers: list[Peer]) -> None:
     if options.json:
         print(json.dumps(lines, indent=2))
     else:
-        show(lines, Console(), options.processor_time)
+        show(lines, Console(width=None if sys.stdout.isatty() else 120), options.processor_time)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -96,6 +98,26 @@ def test_json_lines(folder):
     assert all(line["relative"] == 1 for line in lines if line["engine"] == "pop" and line["prefill_depth"] == 4)
 
 
+def test_kept_to_an_instruction_set(folder, monkeypatch):
+    """Every engine, and ours in a dtype of the caller's."""
+    environments, start = [], workers.Worker.__init__
+
+    def recorded(self, engine, model, options, python, environment):
+        environments.append((engine, environment))
+        start(self, engine, model, options, python, environment)
+
+    monkeypatch.setattr(workers.Worker, "__init__", recorded)
+    peers, settings = [prefill.Peer("transformers", str(folder))], dict(prompt_tokens=[8], rounds=1, decode_tokens=1)
+    lines = prefill.compare(str(folder), peers, isa="avx2", own={"dtype": "float32"}, **settings)
+    assert all((line["instruction_set"], line["limited_to"]) == ("avx2", "avx2") for line in lines)
+    assert all(line["dtype"] == "float32" for line in lines if line["engine"] == "pop")
+    assert environments == [(name, prefill.LIMITS["avx2"]) for name in ("machine", "pop", "transformers")]
+    assert prefill.LIMITS["avx2"]["ATEN_CPU_CAPABILITY"] == "avx2"
+    console = Console(width=200, record=True, file=io.StringIO())
+    prefill.show(lines, console)
+    assert "pop with avx2, all engines kept to avx2" in console.export_text()
+
+
 @pytest.mark.parametrize("slow, fast", [("sdpa", "eager"), ("eager", "sdpa")])
 def test_a_peer_runs_with_the_fastest_of_its_settings(folder, monkeypatch, slow, fast):
     """Whichever is tried first. The whole comparison takes what was found, and its lines say so."""
@@ -112,7 +134,7 @@ def test_a_peer_runs_with_the_fastest_of_its_settings(folder, monkeypatch, slow,
         lines = prefill.compare(str(folder), [peer], prompt_tokens=[8], rounds=1, decode_tokens=1)
         assert [line["settings"] for line in lines if line["engine"] == "transformers"] == [{"attention": fast}]
     else:
-        plan = prefill.Plan([8], 1, 1, 0, False, print)
+        plan = prefill.Plan([8], 1, 1, 0, False, None, print)
         assert prefill.fastest_settings(peer, "float32", plan) == {"attention": fast}
 
 
@@ -132,7 +154,7 @@ def test_an_engine_may_refuse_a_setting(monkeypatch):
             pass
 
     monkeypatch.setattr(prefill, "start_worker", lambda peer, settings, plan: Engine(settings))
-    plan = prefill.Plan([8], 1, 1, 0, False, print)
+    plan = prefill.Plan([8], 1, 1, 0, False, None, print)
     peer = prefill.Peer("engine", "model", [{"cache": "f32"}, {"cache": "bf16"}])
     assert prefill.fastest_settings(peer, "bfloat16", plan) == {"cache": "bf16"}
     with pytest.raises(workers.EngineError, match="no such cache"):
