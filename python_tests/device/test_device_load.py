@@ -30,6 +30,7 @@ def test_cuda_that_is_not_there(llama, caplog):
     with caplog.at_level("INFO", logger="pop_ext"):
         assert pop_ext.load(llama).device == torch.device("cpu")
     assert "running on cpu: this torch is built without CUDA" in caplog.text
+    assert "weights and cache in bfloat16" in caplog.text
 
 
 @pytest.mark.parametrize(
