@@ -5,11 +5,13 @@ and the command.
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_damped_llama, normwise, pop, run_in_terminal, tiny_folder
+from helpers import ROOT, make_damped_llama, normwise, pop, run_in_terminal, tiny_folder
 from safetensors.torch import load_file, save_file
 from windows import random_windows
 
@@ -126,6 +128,17 @@ def test_what_does_nothing_is_closed(model, gates):
     assert done == sorted(done) and done[-1] == seen[-1][1] and len(seen) > 4
 
 
+def test_greedy_closes_what_adds_least(model):
+    """Where all branches are tried, and the ranking says nothing of them."""
+    idle = PrefillPlan.suffix(5, 6)
+    for layer, branch in IDLE:
+        idle = idle.switched(layer, branch, False)
+    budget = plans.multiplications(model.spec, idle, 40)
+    search = plans.Search(model, torch.ones(6, 2), plans.Divergence(model, pairs(2, 1)), budget, 40, 99)
+    seen = []
+    assert search.greedy(PrefillPlan.suffix(5, 6), seen.append) == idle and len(seen) == len(IDLE)
+
+
 def test_the_figures_are_of_the_plan(model, gates):
     """On the text held out, by plain formulas in float64."""
     held_out = pairs(6, 3)
@@ -210,8 +223,6 @@ def test_command(folder, tmp_path):
 def test_progress_in_a_terminal(folder, tmp_path):
     (tmp_path / "text").write_text(TEXT)
     options = ["--text", tmp_path / "text", *SIZES, "--budget", 0.6, "--output", tmp_path / "plan.json"]
-    import sys
-
     command = [sys.executable, "-m", "pop_ext.cli", "plan", folder, *options]
     status, shown = run_in_terminal(list(map(str, command)), 100)
     assert status == 0 and "importance:" in shown and "plans tried, KL 0." in shown and "100%" in shown
@@ -242,3 +253,24 @@ def test_nothing_is_written_when_it_fails(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "compare", lambda *_: 1 / 0)
     failed = pop("plan", folder, "--text", tmp_path / "text", *SIZES, "--budget", 0.6, "--output", tmp_path / "p.json")
     assert failed.exit_code == 1 and [file.name for file in tmp_path.iterdir()] == ["text"]
+
+
+def test_benchmark(folder, model, tmp_path, monkeypatch, capsys):
+    """Rows for plans and depths, with own weights and where the calibration is for them."""
+    (tmp_path / "text").write_text(TEXT)
+    plan = PrefillPlan.suffix(2, 6, model.fingerprint()).switched(3, "attention", True)
+    plan.save(tmp_path / "some.json")
+    calibration.calibrate(model, random_windows(8, 60, 4, vocabulary=258), [3, 4], rank=0).save(tmp_path / "c")
+    options = ("--text", tmp_path / "text", "--plan", tmp_path / "some.json", "--prefill-depth", 2, 3, "--prompts", 2,
+               "--calibration", tmp_path / "c", "--output", tmp_path / "rows.json")  # fmt: skip
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.setattr(sys, "argv", ["plans.py", str(folder), *map(str, options)])
+    runpy.run_path(str(ROOT / "bench" / "plans.py"), run_name="__main__")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["name"], row["projections"]) for row in rows] == [
+        ("depth 2", "own"), ("depth 3", "own"), ("depth 3", "calibrated"), ("some, 4 layers", "own"),
+        ("some, 4 layers", "calibrated"),
+    ]  # fmt: skip
+    counts = [plans.multiplications(model.spec, p, 256) for p in (plan, PrefillPlan.suffix(6, 6))]
+    assert rows[3]["multiplications"] == counts[0] / counts[1] and len({row["text"]["kl"] for row in rows}) == 5
+    assert capsys.readouterr().out.count("\n| ") == 7
