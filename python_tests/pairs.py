@@ -69,7 +69,7 @@ def restore(model) -> None:
     """The settings a test may have changed, as they are after loading."""
     fresh = restore.defaults.setdefault(id(model), (model.chunk_tokens,))
     (model.chunk_tokens,) = fresh
-    model.boundary_tokens, model.anchor_tokens, model.deep_tokens = 1, 1, 0.0
+    model.boundary_tokens, model.anchor_tokens, model.deep_tokens, model.prefill_plan = 1, 1, 0.0, None
 
 
 restore.defaults = {}

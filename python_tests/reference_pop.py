@@ -14,6 +14,7 @@ the pieces left behind: each token those before it and its own, within the layer
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from torch import Tensor
 class ReferencePOP:
     """One conversation. `model` is a transformers causal LM of any floating dtype."""
 
-    def __init__(self, model, prefill_depth: int, boundary: int = 1, anchors: int = 1, share: float = 0.0):
+    def __init__(self, model, prefill_depth: int, boundary: int = 1, anchors: int = 1, share: float = 0.0, plan=None):
+        """plan: for each layer whether attention and MLP count for truncated tokens below P, or None: both do."""
+        self.plan = plan
         self.model, self.config, self.layers = model, model.config, model.model.layers
         self.prefill_depth, self.boundary, self.anchors, self.share = prefill_depth, boundary, anchors, share
         self.keys: list[Tensor | None] = [None] * len(self.layers)  # each [1, Hkv, tokens so far, E], after RoPE
@@ -61,18 +64,36 @@ class ReferencePOP:
         for index, layer in enumerate(self.layers):
             rope = self._rope(hidden, positions, index)
             if full or index < self.prefill_depth:
-                hidden = layer(
-                    hidden,
-                    attention_mask=self._mask(positions, index, hidden.dtype),
-                    position_embeddings=rope,
-                    past_key_values=self,
-                )
+                with self._closed(layer, (True, True) if full or self.plan is None else self.plan[index]):
+                    hidden = layer(
+                        hidden,
+                        attention_mask=self._mask(positions, index, hidden.dtype),
+                        position_embeddings=rope,
+                        past_key_values=self,
+                    )
             else:
                 self._project(hidden, layer, rope, index)
         self.length += len(token_ids)
         if full:
             self._last = self.model.lm_head(self.model.model.norm(hidden))[0]
         return self._last if full else torch.empty(0, self.config.vocab_size)
+
+    @contextmanager
+    def _closed(self, layer, runs):
+        """Nothing of the branches that do not run comes to the residual."""
+        sandwich = hasattr(layer, "post_feedforward_layernorm")
+        names = ("post_attention_layernorm", "post_feedforward_layernorm") if sandwich else ("self_attn", "mlp")
+
+        def nothing(module, args, output):
+            return (0 * output[0], *output[1:]) if isinstance(output, tuple) else 0 * output
+
+        modules = [getattr(layer, name) for name, does in zip(names, runs, strict=True) if not does]
+        handles = [module.register_forward_hook(nothing) for module in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def _prompt_with_deep_tokens(self, token_ids: list[int], anchor: int, boundary: int, count: int) -> Tensor:

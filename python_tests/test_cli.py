@@ -92,6 +92,7 @@ def test_options_reach_the_model(folder, monkeypatch):
     assert seen == {
         "prefill_depth": 0.5, "boundary_tokens": 3, "anchor_tokens": 0, "max_cache_tokens": 640, "dtype": torch.float32,
         "calibration": None, "device": "auto", "deep_tokens": 0.0,
+        "prefill_plan": None,
     }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Every command and code block of the README and docs, run as printed, and the examples.
 
 Each page's blocks run in order in a folder of its own that has what they name: MODEL, a tiny checkpoint of 30 layers
-with a tokenizer; FILE, question.txt and wikitext2_valid.txt, text; model.gguf; image samples. What is run elsewhere is
-in ELSEWHERE, with where.
+with a tokenizer; FILE, question.txt and wikitext2_valid.txt, text; plan.json; model.gguf; image samples. What is run
+elsewhere is in ELSEWHERE, with where.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, make_damped_llama
+
+from pop_ext.checkpoints.fingerprint import checkpoint_fingerprint
+from pop_ext.checkpoints.prefill_plan import PrefillPlan
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 VLLM = (
@@ -39,6 +42,7 @@ ELSEWHERE = {
     "pop calibrate MODEL --samples": "python_tests/vision",
     "pop chat": "test_bench_and_chat.py, on a terminal",
     "pop convert": "test_gguf.py",
+    "pop plan": "test_plans.py, and other blocks have a plan.json",
     "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibrate_command.py",
 }
 NO_CODE = ("@article", "{", "     ")  # a citation, a line of data, the diagram
@@ -76,7 +80,7 @@ def tiny_30(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, tiny_30):
     """A function from a page to the folder that its blocks run in."""
-    folders = {}
+    folders, fingerprint = {}, checkpoint_fingerprint(tiny_30)
 
     def place(page: Path) -> Path:
         if page not in folders:
@@ -86,6 +90,7 @@ def places(tmp_path_factory, tiny_30):
             for name in ("FILE", "wikitext2_valid.txt"):
                 (folder / name).write_text(text)
             (folder / "question.txt").write_text("What is prefill?\n")
+            PrefillPlan.suffix(18, 30, fingerprint).switched(24, "attention", True).save(folder / "plan.json")
             (folder / "chats.jsonl").write_text(
                 "".join(
                     json.dumps({"messages": [{"role": "user", "content": f"What is {i} and {i}? " * 8},

@@ -37,7 +37,7 @@ def without_layers(model: Model, removed: range | list[int]) -> Model:
     )
     variant.rope_index = model.rope_index[rows]
     variant.k_norms = None if model.k_norms is None else model.k_norms[rows]
-    variant.calibration, variant.prefill_depth, variant.decode_buffers = None, 1.0, {}
+    variant.calibration, variant.prefill_depth, variant.prefill_plan, variant.decode_buffers = None, 1.0, None, {}
     variant.cache = KVCache(
         len(kept), spec.num_kv_heads, spec.head_dim, model.max_cache_tokens, model.dtype, model.device
     )

@@ -57,6 +57,7 @@ class Fidelity:
     # of the difference in KL to the lowest at this depth, bootstrapped over the same prompts; (0, 0) for that itself
     excess_interval: tuple[float, float] = (0.0, 0.0)
     deep_tokens: float = 0.0  # share of the truncated tokens that ran through all layers
+    prefill_plan: bool = False  # by the model's prefill plan, whose depth prefill_depth is
 
 
 def variants(
@@ -68,14 +69,15 @@ def variants(
     deep_tokens: Sequence[float] = (0.0,),
 ) -> list[tuple]:
     """(method, depth, model, prefill depth to run it at) of every comparison that makes sense, POP's with each share of
-    deep tokens; the first is `full`.
+    deep tokens; the first is `full`, the last the model's plan if it has one, which runs at no depth (None).
     """
-    layers = model.spec.num_layers
+    layers, plan, model = model.spec.num_layers, model.prefill_plan, copy.copy(model)
+    model.prefill_plan = None
     own = copy.copy(model)
     own.calibration = None
     if {"shortgpt", "gromov"} & set(methods):
         influence, angles = layer_similarity(own, prompts, visuals)
-    found = [("full", layers, own, layers)]
+    found: list[tuple] = [("full", layers, own, layers)]
     for depth in depths:
         skipped = layers - depth
         for method in methods:
@@ -92,6 +94,12 @@ def variants(
                 found.append((method, depth, without_layers(own, range(first, first + skipped)), depth))
             elif method == "speed":
                 found.append((method, depth, SpeedBaseline(own), depth))
+    held = [] if model.calibration is None else model.calibration.depths
+    for method, base in (("pop_uncalibrated", own), ("pop_calibrated", model)):
+        if plan is not None and method in methods and (base is own or plan.depth in held):
+            variant = copy.copy(base)
+            variant.prefill_plan = plan
+            found.append((method, plan.depth, variant, None))
     return found
 
 
@@ -159,7 +167,7 @@ def score(runs: list[tuple], prompt: list[int], continuation: list[int], images:
     """
     scores, full = np.zeros((len(runs), 5)), None
     for run, (_, _, variant, depth) in enumerate(runs):
-        depth = min(depth, variant.spec.num_layers)
+        depth = None if depth is None else min(depth, variant.spec.num_layers)
         (logits,) = variant.logits([prompt], [continuation], visuals=[images], prefill_depth=depth)
         target = torch.tensor(continuation, device=logits.device)
         log_p = logits.log_softmax(-1)
@@ -180,7 +188,8 @@ def time_rounds(runs: list[tuple], prompts, visuals, *, progress=lambda done, to
     for i in range(-1, ROUNDS):  # the first is a warm-up, and says how often to repeat
         at = max(i, 0) % len(prompts)
         for run, (_, _, variant, depth) in enumerate(runs):
-            arguments = variant, prompts[at], visuals[at], min(depth, variant.spec.num_layers)
+            depth = None if depth is None else min(depth, variant.spec.num_layers)
+            arguments = variant, prompts[at], visuals[at], depth
             seconds[i, run] = sum(time_prefill(*arguments) for _ in range(repeats)) / repeats
         if i < 0:
             repeats = max(1, math.ceil(ROUND_SECONDS / seconds[i].min()))
@@ -192,7 +201,7 @@ def summarise(runs: list[tuple], scores: np.ndarray, seconds: np.ndarray, seed: 
     """A row for each run, from `score` of every prompt, [prompts, runs, 5], and `time_rounds`, [rounds, runs]."""
     resamples = np.random.default_rng(seed).integers(len(scores), size=(RESAMPLES, len(scores)))
     kls, results = scores[:, :, 1], []
-    for run, (method, depth, variant, _) in enumerate(runs):
+    for run, (method, depth, variant, run_at) in enumerate(runs):
         first, kl, nll, agreement, exact = scores[:, run].mean(0).tolist()
         # The nearest rival: the truncating method of lowest KL at this depth.
         rivals = [other for other in range(1, len(runs)) if runs[other][1] == depth]
@@ -215,12 +224,13 @@ def summarise(runs: list[tuple], scores: np.ndarray, seconds: np.ndarray, seed: 
                 exact_answers=exact,
                 excess_interval=interval(kls[:, run] - kls[:, best], resamples),
                 deep_tokens=float(variant.deep_tokens) if method.startswith("pop_") else 0.0,
+                prefill_plan=run_at is None,
             )
         )
     return results
 
 
-def time_prefill(model: Model, prompt: list[int], images: list[ImageSpan], depth: int) -> float:
+def time_prefill(model: Model, prompt: list[int], images: list[ImageSpan], depth: int | None) -> float:
     """Seconds of one prompt's prefill, in a conversation of its own that is forgotten."""
     sequence = model.new_sequence()
     try:

@@ -70,6 +70,7 @@ class Verification:
     deep_tokens: float
     checks: list[Check]
     problem: str | None = None
+    prefill_plan: bool = False  # by a plan, whose depth prefill_depth is
 
     @property
     def safe_uses(self) -> list[str]:
@@ -86,7 +87,7 @@ class Verification:
 
     def sentences(self) -> list[str]:
         """The answer, in words."""
-        depth = f"prefill depth {self.prefill_depth} of {self.layers}"
+        depth = f"prefill depth {self.prefill_depth} of {self.layers}{' by the plan' if self.prefill_plan else ''}"
         if self.problem:
             return [f"Not safe: {self.problem}."]
         lost = [check for check in self.checks if not check.safe]
@@ -124,19 +125,20 @@ def verify(
     of its 95% interval; retrieval where 95%, copying where 80% of the full model's right answers stay right (of fewer
     than 4 the KL decides). The verdict is "safe" where all six are, "partly safe" where some are, else "not safe".
 
-    prefill_depth: by default the model's own. prompts, prompt_tokens: of each use, and tokens of a prompt (at most, of
-    chats). progress: called with what is done, the total, and a note. ValueError for a depth of all layers, and where
-    the model's context is too short.
+    prefill_depth: by default the model's own, or its plan. prompts, prompt_tokens: of each use, and tokens of a prompt
+    (at most, of chats). progress: called with what is done, the total, and a note. ValueError for a depth of all
+    layers, and where the model's context is too short.
     """
     depth, layers = model.resolve_prefill_depth(prefill_depth), model.spec.num_layers
-    if depth >= layers:
+    partial = bool(model.partial_layers(prefill_depth))
+    if depth >= layers and not partial:
         raise ValueError(f"prefill_depth is {depth} of {layers} layers, expected fewer: nothing is truncated")
     calibrated = model.calibration is not None and depth < layers - 1
-    result = Verification(depth, layers, calibrated, float(model.deep_tokens), [])
+    result = Verification(depth, layers, calibrated, float(model.deep_tokens), [], prefill_plan=partial)
     result.problem = calibration_problem(model, depth) if calibrated else None
     own = copy.copy(model)
     own.calibration = None
-    runs = [("full", layers, own, layers), ("pop", depth, model, depth)]
+    runs = [("full", layers, own, layers), ("pop", depth, model, None if partial else depth)]
     for number, use in enumerate(() if result.problem else USES):
         pairs, scores = use_pairs(use, model, prompts, prompt_tokens, seed), []
         for prompt, continuation in zip(*pairs, strict=True):

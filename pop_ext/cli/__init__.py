@@ -9,6 +9,7 @@ from . import (  # noqa: F401  registers the commands
     generate,
     importance,
     info,
+    plan,
     tune,
     verify,
 )

@@ -12,6 +12,7 @@ from .common import (
     DeviceName,
     DType,
     Model,
+    Plan,
     app,
     expect_template,
     load_model,
@@ -50,6 +51,7 @@ def chat(
         ),
     ] = None,
     calibration: Calibration = None,
+    prefill_plan: Plan = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
@@ -63,7 +65,8 @@ def chat(
     """
     depth = None if prefill_depth is None else parse_depth(prefill_depth)
     expect_template(model)
-    loaded = load_model(model, dtype, prefill_depth=depth, calibration=calibration, device=device)
+    settings = {"prefill_depth": depth, "prefill_plan": prefill_plan, "calibration": calibration}
+    loaded = load_model(model, dtype, **settings, device=device)
     import transformers
 
     if sys.stdin.isatty():

@@ -242,6 +242,10 @@ Text = Annotated[
 ]
 Chats = Annotated[list[Path] | None, typer.Option("--chats", "--samples", help=CHATS, **FILE)]
 Calibration = Annotated[Path | None, typer.Option(help="File of `pop tune` or `pop calibrate`.", **FILE)]
+Plan = Annotated[
+    Path | None,
+    typer.Option(help="File of `pop plan`: attentions and MLPs that prompts run through, not one depth.", **FILE),
+]
 Depths = Annotated[
     list[str], typer.Option("--prefill-depth", help="Layers (12) or their share (0.7); may be given several times.")
 ]

@@ -19,6 +19,7 @@ from .common import (
     DType,
     Json,
     Model,
+    Plan,
     Plot,
     Prompts,
     Seed,
@@ -64,6 +65,7 @@ def evaluate(
         ),
     ] = None,
     calibration: Calibration = None,
+    prefill_plan: Plan = None,
     prompts: Prompts = 32,
     prompt_tokens: Annotated[
         list[int], typer.Option(min=2, help="Tokens of each prompt of text; may be given several times.")
@@ -101,7 +103,8 @@ def evaluate(
     if chats and synthetic_task:
         raise ValueError("--synthetic-task plants in text, expected it without --chats")
     encoder = load_encoder(model)
-    depths = depths_of(prefill_depth, calibration, encoder.spec)
+    depths = depths_of(prefill_depth, calibration, encoder.spec) if prefill_depth or not prefill_plan else []
+    plan = None if prefill_plan is None else read_plan(prefill_plan, model, encoder.spec)
     sizes = [0] if chats else prompt_tokens
     cut = cutter(data, prompts, continuation_tokens, synthetic_task, seed)
     parts = None if data.has_images else [cut(encoder, size) for size in sizes]
@@ -109,6 +112,7 @@ def evaluate(
     loaded = load_model(model, dtype, prefill_depth=1.0, **stages, calibration=calibration, device=device)
     from ..analysis import evaluation, workflows
 
+    loaded.prefill_plan = plan
     rows, results = [], []
     for pairs in parts or [cut(loaded, size) for size in sizes]:
         encode_images(loaded, pairs)
@@ -133,6 +137,16 @@ def methods_of(method: list[Method] | None, baselines: bool, calibration: Path |
     if baselines:
         return [name.value for name in Method]
     return [name.value for name in method or (Method.pop_uncalibrated, Method.pop_calibrated)]
+
+
+def read_plan(path: Path, model: str, spec):
+    """A plan to compare with depths: a calibration in the same run need not be for its depth."""
+    from ..checkpoints.files import resolve_folder
+    from ..checkpoints.prefill_plan import PrefillPlan
+
+    plan = PrefillPlan.load(path, spec)
+    plan.check(resolve_folder(model))
+    return plan
 
 
 def depths_of(prefill_depth: list[str] | None, calibration: Path | None, spec) -> list[int]:

@@ -15,6 +15,7 @@ from .common import (
     Device,
     DeviceName,
     DType,
+    Plan,
     app,
     expect_template,
     load_model,
@@ -89,6 +90,7 @@ def generate(
     boundary_tokens: Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")] = 1,
     anchor_tokens: Annotated[int, typer.Option(help="First tokens that run through all layers.")] = 1,
     deep_tokens: DeepTokens = 0.0,
+    prefill_plan: Plan = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
     top_p: Annotated[
@@ -128,6 +130,7 @@ def generate(
     loaded = load_model(
         model, dtype, prefill_depth=depth, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens,
         max_cache_tokens=max_cache_tokens, calibration=calibration, device=device, deep_tokens=deep_tokens,
+        prefill_plan=prefill_plan,
     )  # fmt: skip
     import transformers
 
@@ -155,6 +158,7 @@ def to_json(loaded, output) -> dict:
         "prompt_tokens": output.prompt_tokens[0],
         "prefill_depth": loaded.resolve_prefill_depth(),
         "deep_tokens": loaded.deep_tokens,
+        "prefill_plan": None if loaded.prefill_plan is None else str(loaded.prefill_plan),
         "times": times,
     }
 
@@ -162,8 +166,9 @@ def to_json(loaded, output) -> dict:
 def describe_depth(loaded) -> str:
     """The prefill depth in use, and whose projections: of the last layer's input they are exact."""
     depth, layers = loaded.resolve_prefill_depth(), loaded.spec.num_layers
+    plan = f" by a plan ({loaded.prefill_plan})" if loaded.partial_layers() else ""
     if depth == layers:
-        return f"prefill depth {depth} of {layers}"
+        return f"prefill depth {depth} of {layers}{plan}"
     calibrated = loaded.calibration is not None and depth < layers - 1
     deep = f", {loaded.deep_tokens:.0%} deep tokens" if loaded.deep_tokens else ""
-    return f"prefill depth {depth} of {layers}, {'calibrated' if calibrated else 'own'} projections{deep}"
+    return f"prefill depth {depth} of {layers}{plan}, {'calibrated' if calibrated else 'own'} projections{deep}"

@@ -58,7 +58,7 @@ def print_evaluation(rows: list[Fidelity], title: str, exact: bool = False) -> N
         excess = f"{low:.3f} to {high:.3f}" if low > 0 else "best" if high == 0 else "no"
         deep = f", {row.deep_tokens:.0%} deep" if row.deep_tokens else ""
         table.add_row(
-            f"{row.prefill_depth}, {NAMES[row.method]}{deep}",
+            f"{row.prefill_depth}{' by the plan' * row.prefill_plan}, {NAMES[row.method]}{deep}",
             kl_text(row),
             *(["" if row.method == "full" else excess] if baselines else []),
             top1_text(row),

@@ -15,6 +15,7 @@ from .common import (
     DType,
     Json,
     Model,
+    Plan,
     Seed,
     app,
     load_model,
@@ -34,6 +35,7 @@ def verify(
     ] = None,
     calibration: Calibration = None,
     deep_tokens: DeepTokens = 0.0,
+    prefill_plan: Plan = None,
     prompts: Annotated[int, typer.Option(min=8, help="Prompts of each use.")] = 20,
     prompt_tokens: Annotated[int, typer.Option(min=128, help="Tokens of each prompt.")] = 256,
     seed: Seed = 0,
@@ -46,10 +48,11 @@ def verify(
     Checks that ship with the package compare the truncated model with the full one. Exit status 0: safe; 1: safe for
     some uses; 2: not safe; 3: it could not be checked.
     """
-    if prefill_depth is None and calibration is None:
+    if prefill_depth is None and calibration is None and prefill_plan is None:
         raise ValueError("prefill_depth is not given, expected layers or their share, or a calibration with one")
     depth = None if prefill_depth is None else parse_depth(prefill_depth)
     stages = {"prefill_depth": depth, "calibration": calibration, "deep_tokens": deep_tokens}
+    stages["prefill_plan"] = prefill_plan
     loaded = load_model(model, dtype, **stages, device=device)
     from ..analysis.verification import verify
 

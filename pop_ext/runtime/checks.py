@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..checkpoints.families import ModelSpec
+from ..checkpoints.prefill_plan import PrefillPlan
 from ..vision.spans import ImageSpan
 
 
@@ -58,6 +59,26 @@ def check_count(name: str, value, least: int) -> None:
 def check_share(name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"{name} is {value!r}, expected a share in [0, 1]")
+
+
+def check_plan(plan: PrefillPlan | None, spec: ModelSpec, deep_tokens: float) -> None:
+    """TypeError or ValueError for a prefill plan that cannot be run."""
+    if plan is None:
+        return
+    if not isinstance(plan, PrefillPlan):
+        raise TypeError(f"prefill_plan is of type {type_name(plan)}, expected a PrefillPlan or None")
+    if len(plan.attention) != spec.num_layers:
+        raise ValueError(f"prefill_plan has {len(plan.attention)} layers, expected the model's {spec.num_layers}")
+    if plan.partial and spec.vision_type is not None:
+        raise ValueError(
+            f"prefill_plan runs parts of layers, which a vision-language model ({spec.vision_type}) is not run in: "
+            "expected a model of text alone, or prefill_depth"
+        )
+    if plan.partial and deep_tokens:
+        raise ValueError(
+            f"deep_tokens is {deep_tokens}, expected 0 with a prefill_plan that runs parts of layers: deep tokens run "
+            "through all of them, and are chosen above"
+        )
 
 
 def check_integer(name: str, value) -> None:

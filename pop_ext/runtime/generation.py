@@ -130,7 +130,8 @@ class Model(PrefillModel):
             part {"type": "image"} of a message's content, which may hold the image itself under "image"; token ids
             have all of an image's tokens.
         videos: likewise, for Qwen3-VL; a video is (frames, frames per second), frames being images of one size.
-        prefill_depth: for this call, instead of the model's own: layers (int) or their share (float in (0, 1]).
+        prefill_depth: for this call, instead of the model's own or its plan: layers (int) or their share (float in
+            (0, 1]).
         sequences: conversations to go on with, `sequences` of an earlier output that was made with `keep=True`, one per
             prompt. A prompt is then the new turn alone: text is tokenized without a beginning-of-sequence token, and
             a chat is the new messages only, put through the template as what follows an assistant's answer.
@@ -219,7 +220,8 @@ class Model(PrefillModel):
             vision = time.perf_counter() - clock if any(media) else 0.0
             sequences = [row.sequence for row in rows]
             stages, depth = StageTimes(self.device), self.resolve_prefill_depth(prefill_depth)
-            logits = self._turn(sequences, prompt_ids, "prompts", depth, stages, visuals, share=self.prefix_cache)
+            options = {"share": self.prefix_cache, "partial": self.partial_layers(prefill_depth)}
+            logits = self._turn(sequences, prompt_ids, "prompts", depth, stages, visuals, **options)
             if self.device.type != "cpu":
                 times = GenerationTimes(vision)
                 decode_on_device(self, rules, rows, logits, streamer, return_logprobs, times, start)

@@ -15,10 +15,11 @@ from ..checkpoints.calibration import Calibration
 from ..checkpoints.config import load_config
 from ..checkpoints.families import ModelSpec
 from ..checkpoints.fingerprint import fingerprint
+from ..checkpoints.prefill_plan import PrefillPlan
 from ..checkpoints.tokenizer import load_generation_config, load_tokenizer
 from ..checkpoints.weights import load_weights
 from ..vision.encoder import Vision, vision_bytes
-from .checks import check_count, check_share
+from .checks import check_count, check_plan, check_share
 from .device import cache_capacity, check_kernels, resolve_device, weight_bytes
 from .forward_batch import ForwardBatch
 from .kv_cache import BLOCK_SIZE, KVCache, Sequence
@@ -26,6 +27,7 @@ from .prefill_depth import resolve_depth
 from .rope import RotaryEmbedding
 
 pop = torch.ops.pop
+Partial = dict[int, tuple[bool, bool]]  # layer -> whether attention and MLP run for truncated tokens
 P = ParamSpec("P")
 R = TypeVar("R")
 DEFAULT_MAX_CACHE_TOKENS = 32768  # of the cache, where the model's own context is longer
@@ -62,6 +64,7 @@ class Layers:
         device: str | torch.device = "cpu",
         prefix_cache: bool = False,
         deep_tokens: float = 0.0,
+        prefill_plan: str | Path | None = None,
     ):
         if max_cache_tokens is not None:
             check_count("max_cache_tokens", max_cache_tokens, 1)
@@ -73,16 +76,21 @@ class Layers:
         self.prefill_depth = prefill_depth
         self.boundary_tokens, self.anchor_tokens, self.chunk_tokens = boundary_tokens, anchor_tokens, 2048
         self.deep_tokens, self.prefix_cache = deep_tokens, prefix_cache
+        self.prefill_plan = None if prefill_plan is None else PrefillPlan.load(prefill_plan, self.spec)
         self.check_settings()
         self.calibration = None if calibration is None else Calibration.load(calibration, self.spec, dtype)
-        depth = self.resolve_prefill_depth(prefill_depth)
+        depth = self.resolve_prefill_depth()
         if self.calibration is not None:
             self.calibration.check(folder)
+        if self.prefill_plan is not None:
+            self.prefill_plan.check(folder)
         if self.device.type == "cpu":
             first, capacity = 0, max_cache_tokens or min(self.spec.max_position_embeddings, DEFAULT_MAX_CACHE_TOKENS)
         else:  # projections of layers below the depth asked for take memory that a GPU has better uses for
             ops.load_cuda_kernels(self.device)  # which a capture must not
             first = min(depth, self.spec.num_layers - 1)
+            if self.prefill_plan is not None:
+                first = min(first, self.prefill_plan.first_projected)
             extra = 0 if self.calibration is None else self.calibration.nbytes
             if self.spec.vision_type:
                 extra += vision_bytes(folder, self.config, self.spec, dtype.itemsize)
@@ -107,13 +115,22 @@ class Layers:
 
     def resolve_prefill_depth(self, prefill_depth=None) -> int:
         """The prefill depth P in layers: of an int itself, of a float the nearest share of all layers; None is the
-        model's own.
+        model's own, or its plan's.
         """
         layers = self.spec.num_layers
-        depth = resolve_depth(self.prefill_depth if prefill_depth is None else prefill_depth, layers)
+        if prefill_depth is None:
+            check_plan(self.prefill_plan, self.spec, self.deep_tokens)
+            prefill_depth = self.prefill_depth if self.prefill_plan is None else self.prefill_plan.depth
+        depth = resolve_depth(prefill_depth, layers)
         if self.calibration is not None and depth < layers - 1:  # at the last layer's input nothing needs projecting
             self.calibration.at(depth)
         return depth
+
+    def partial_layers(self, prefill_depth=None) -> Partial:
+        """The layers below P that truncated tokens do not run through whole, and whether attention and MLP run there:
+        the plan's, whose place a prefill depth takes where one is given.
+        """
+        return {} if self.prefill_plan is None or prefill_depth is not None else self.prefill_plan.partial
 
     def fingerprint(self) -> str:
         """Identifies the weights, in whatever dtype they were loaded: a SHA-256 over the spec and a sample of every
@@ -163,18 +180,24 @@ class Layers:
             rows = torch.stack([hidden[0] if row is None else row for row in before])
             x = pop.rms_norm(torch.cat([rows, hidden]), self._no_gain, self.spec.rms_norm_eps)
             hidden = torch.cat([x[len(rows) :], pop.linear(x, features)[previous]], 1)
+        projections = weights.projections_from(depth) if calibration is None else calibration.at(depth)[0]
+        self.write_kv(slice(depth, None), projections, hidden, batch, slot_mapping)
+
+    def write_kv(self, layers: slice, projections: Tensor, hidden: Tensor, batch: ForwardBatch, slot_mapping: Tensor):
+        """Keys and values of some layers from hidden [T, D], which is not normed, to the cache."""
+        bias = self.weights.projection_bias
         pop.project_kv(
             hidden,
-            weights.projections_from(depth) if calibration is None else calibration.at(depth)[0],
-            None if weights.projection_bias is None else weights.projection_bias[depth:],
-            None if self.k_norms is None else self.k_norms[depth:],
+            projections,
+            None if bias is None else bias[layers],
+            None if self.k_norms is None else self.k_norms[layers],
             self.spec.rms_norm_eps,
             batch.cos,
             batch.sin,
-            self.rope_index[depth:],
+            self.rope_index[layers],
             slot_mapping,
-            self.cache.keys[depth:],
-            self.cache.values[depth:],
+            self.cache.keys[layers],
+            self.cache.values[layers],
         )
 
     def embed(self, token_ids: Tensor, batch: ForwardBatch) -> Tensor:
@@ -192,6 +215,39 @@ class Layers:
 
     def layer(self, index: int, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """hidden [T, D] before layer `index` -> after it; the tokens' keys and values go to the cache."""
+        return self.mlp_branch(index, self.attention_branch(index, hidden, batch))
+
+    def partial_layer(
+        self,
+        index: int,
+        runs: tuple[bool, bool],
+        hidden: Tensor,
+        batch: ForwardBatch,
+        slot_mapping: Tensor,
+        deep: Tensor,
+        deep_batch: ForwardBatch | None,
+    ) -> Tensor:
+        """`layer`, of which truncated tokens run attention and MLP only if `runs` says so, and the rows `deep`, those
+        of `deep_batch` (None without any), run everything. slot_mapping [T]: where truncated tokens' keys and values
+        go, which have their own true input whatever runs. Changes `hidden`.
+        """
+        attention, mlp = runs
+        through = None
+        if attention:
+            hidden = self.attention_branch(index, hidden, batch)
+            if deep_batch is not None and not mlp:
+                through = self.mlp_branch(index, hidden[deep])
+        else:
+            own = self.weights.projections_from(index)[:1]
+            self.write_kv(slice(index, index + 1), own, hidden, batch, slot_mapping)
+            if deep_batch is not None:
+                through = self.layer(index, hidden[deep], deep_batch)
+        if mlp:
+            hidden = self.mlp_branch(index, hidden)
+        return hidden if through is None else hidden.index_copy_(0, deep, through)
+
+    def attention_branch(self, index: int, hidden: Tensor, batch: ForwardBatch) -> Tensor:
+        """hidden [T, D] before layer `index` -> before its MLP; the tokens' keys and values go to the cache."""
         spec, w = self.spec, self.weights.layers[index]
         eps = spec.rms_norm_eps
         cos, sin = batch.angles[spec.rope_index[index]]
@@ -202,11 +258,16 @@ class Layers:
         )
         x = self.attention(index, query, batch).flatten(1)
         if spec.sandwich_norms:
-            hidden = pop.rms_norm(pop.linear(x, w.output, w.output_bias), w.post_attention_norm, eps, hidden)
-            x = pop.gated_linear(pop.rms_norm(hidden, w.mlp_norm, eps), w.gate_up, spec.activation)
-            return pop.rms_norm(pop.linear(x, w.down), w.post_mlp_norm, eps, hidden)
-        hidden = pop.linear(x, w.output, w.output_bias, hidden)
+            return pop.rms_norm(pop.linear(x, w.output, w.output_bias), w.post_attention_norm, eps, hidden)
+        return pop.linear(x, w.output, w.output_bias, hidden)
+
+    def mlp_branch(self, index: int, hidden: Tensor) -> Tensor:
+        """hidden [T, D] before the MLP of layer `index` -> after the layer."""
+        spec, w = self.spec, self.weights.layers[index]
+        eps = spec.rms_norm_eps
         x = pop.gated_linear(pop.rms_norm(hidden, w.mlp_norm, eps), w.gate_up, spec.activation)
+        if spec.sandwich_norms:
+            return pop.rms_norm(pop.linear(x, w.down), w.post_mlp_norm, eps, hidden)
         return pop.linear(x, w.down, None, hidden)
 
     def attention(self, index: int, query: Tensor, batch: ForwardBatch) -> Tensor:
@@ -230,6 +291,7 @@ class Layers:
         check_count("anchor_tokens", self.anchor_tokens, 0)
         check_count("chunk_tokens", self.chunk_tokens, 1)
         check_share("deep_tokens", self.deep_tokens)
+        check_plan(self.prefill_plan, self.spec, self.deep_tokens)
         if self.deep_tokens and self.device.type != "cpu":
             raise ValueError(
                 f"deep_tokens is {self.deep_tokens}, expected 0 on {self.device}: only the CPU chooses tokens"

@@ -31,6 +31,7 @@ def load(
     max_cache_tokens: int | None = None,
     prefix_cache: bool = False,
     deep_tokens: float = 0.0,
+    prefill_plan: str | Path | None = None,
     revision: str | None = None,
     check_weights: bool = False,
 ) -> Model:
@@ -53,6 +54,8 @@ def load(
     deep_tokens: share, in [0, 1], of each prompt's truncated tokens that run through all layers after all: those that
         the prompt's end attends to most. 0 is none of them, 1 the full model. On the CPU, for conversations without
         images, without prefix_cache.
+    prefill_plan: a file of `pop plan`, in place of prefill_depth: which attentions and MLPs truncated tokens run
+        through. For models of text, without deep_tokens. A call's own prefill_depth takes its place.
     revision: branch, tag or commit of a hub repository.
     check_weights: read all weights now, and raise if NaN or infinity is among them.
 
@@ -63,8 +66,10 @@ def load(
     number = resolve_dtype(dtype)
     if not isinstance(prefix_cache, bool):
         raise TypeError(f"prefix_cache is {prefix_cache!r:.80}, expected a bool")
+    if prefill_plan is not None and prefill_depth is not None:
+        raise ValueError(f"prefill_plan and prefill_depth ({prefill_depth!r:.40}) are given, expected one of them")
     if prefill_depth is None:
-        prefill_depth = 1.0 if calibration is None else default_depth(calibration)
+        prefill_depth = 1.0 if prefill_plan is not None or calibration is None else default_depth(calibration)
     check_ambiguous(prefill_depth, folder)
     settings = (
         prefill_depth,
@@ -76,6 +81,7 @@ def load(
         device,
         prefix_cache,
         deep_tokens,
+        prefill_plan,
     )
     model = Model(folder, *settings)
     if check_weights:

@@ -22,7 +22,7 @@ from .device import StageTimes
 from .finite import NonFiniteError, check_logits, explained
 from .forward_batch import SequenceChunk, deep_rows, forward_passes, previous_rows, runs_of, selections
 from .kv_cache import Sequence, prefix_keys
-from .layers import Layers, in_turn
+from .layers import Layers, Partial, in_turn
 from .prefill_depth import resolve_depth
 from .selection import QUERIES, Selection, scoring_layers
 
@@ -38,11 +38,12 @@ class PrefillModel(Layers):
 
     def __repr__(self) -> str:
         layers = self.spec.num_layers
-        depth = resolve_depth(self.prefill_depth, layers)
+        depth = resolve_depth(self.prefill_depth, layers) if self.prefill_plan is None else self.prefill_plan.depth
         held = "own projections" if self.calibration is None else repr(self.calibration)
         dtype = str(self.dtype).removeprefix("torch.")
         name = f"{type(self).__name__} {self.folder.name}: {self.spec.model_type}, {dtype} on {self.device}"
-        return f"<{name}, prefill depth {depth} of {layers} layers, {held}>"
+        plan = ", by a plan" if self.partial_layers() else ""
+        return f"<{name}, prefill depth {depth} of {layers} layers{plan}, {held}>"
 
     # Conversations
 
@@ -84,10 +85,9 @@ class PrefillModel(Layers):
         float32 that follow the prompts, and the time of each stage. Raises before anything is changed if a prompt is
         empty or too long, or the cache too full.
         """
-        times = StageTimes(self.device)
-        return self._turn(
-            sequences, prompts, "prompts", self.resolve_prefill_depth(prefill_depth), times, visuals
-        ), times
+        times, depth = StageTimes(self.device), self.resolve_prefill_depth(prefill_depth)
+        partial = self.partial_layers(prefill_depth)
+        return self._turn(sequences, prompts, "prompts", depth, times, visuals, partial=partial), times
 
     @in_turn
     @torch.no_grad()
@@ -121,7 +121,7 @@ class PrefillModel(Layers):
         Prompts, with `visuals` as in `prefill`, are prefilled by POP at `prefill_depth`, one that follows its equal not
         again; continuations are decoded at full depth.
         """
-        depth = self.resolve_prefill_depth(prefill_depth)
+        depth, partial = self.resolve_prefill_depth(prefill_depth), self.partial_layers(prefill_depth)
         check_token_lists("prompts", prompts, self.spec.vocab_size)
         check_token_lists("continuations", continuations, self.spec.vocab_size, least=0)
         if len(prompts) != len(continuations):
@@ -137,7 +137,8 @@ class PrefillModel(Layers):
                     if sequence is not None:
                         self.free(sequence)
                     sequence, before = self.new_sequence(), (prompt, images)
-                    first = self._turn([sequence], [list(prompt)], "prompts", depth, StageTimes(self.device), [images])
+                    times = StageTimes(self.device)
+                    first = self._turn([sequence], [list(prompt)], "prompts", depth, times, [images], partial=partial)
                 rows = [first]
                 if len(continuation) > 1:
                     forced = [list(continuation[:-1])]
@@ -205,10 +206,12 @@ class PrefillModel(Layers):
         deep=False,
         all_logits=False,
         share=False,
+        partial: Partial | None = None,
     ) -> Tensor:
         """Appends prompts and runs all that is not in the cache, `chunk_tokens` at a time; nothing of it stays if that
-        fails. share: with the prefixes in the cache.
+        fails. share: with the prefixes in the cache. partial: see `partial_layers`.
         """
+        partial = partial or {}
         self.check_settings()
         self._check_prompts(sequences, prompts, name)
         visuals = check_image_spans(visuals, prompts, self.spec, depth)
@@ -223,11 +226,11 @@ class PrefillModel(Layers):
                 piece = self._piece(sequence, length, depth, deep)
                 pieces.append(replace(piece, logits_start=length) if all_logits else piece)
             if share:
-                self._share_prefixes(pieces, [length for length, *_ in before], depth, kept)
+                self._share_prefixes(pieces, [length for length, *_ in before], depth, kept, partial)
             else:
                 self.cache.grow(sequences, [piece.end for piece in pieces])
             chunks = forward_passes(pieces, self.chunk_tokens, self.spec.bidirectional_images)
-            logits = [self._forward(chunk, depth, times) for chunk in chunks]
+            logits = [self._forward(chunk, depth, times, partial) for chunk in chunks]
             if any(piece.selection for piece in pieces):
                 logits = [self._deepen(pieces, torch.cat(logits), depth, times)]
         except BaseException:
@@ -262,7 +265,9 @@ class PrefillModel(Layers):
             piece.selection = Selection(sequence, first, boundary, end, max(length, end - QUERIES), count)
         return piece
 
-    def _share_prefixes(self, pieces: list[SequenceChunk], lengths: list[int], depth: int, kept: list) -> None:
+    def _share_prefixes(
+        self, pieces: list[SequenceChunk], lengths: list[int], depth: int, kept: list, partial: Partial
+    ) -> None:
         """Gives every conversation its blocks. One that had no tokens before takes those that the cache has for the
         start of its prompt, and leaves its own there, whose keys go to `kept`.
 
@@ -270,7 +275,8 @@ class PrefillModel(Layers):
         alone, as every one is an anchor or truncated, in this prompt as in the other. A later one of `pieces` may take
         blocks of an earlier: at each layer the pass writes all keys and values before it reads any.
         """
-        settings = (min(depth, self.spec.num_layers - 1), self.anchor_tokens, self.calibration)
+        depths = (min(depth, self.spec.num_layers - 1), *partial.items())
+        settings = (depths, self.anchor_tokens, self.calibration)
         for piece, length in zip(pieces, lengths, strict=True):
             sequence, keys, piece.sequence.num_reused = piece.sequence, [], 0
             if length == 0:
@@ -283,7 +289,7 @@ class PrefillModel(Layers):
             self.cache.grow([sequence], [piece.end])
             kept += self.cache.keep(sequence, keys)
 
-    def _forward(self, pieces: list[SequenceChunk], depth: int, times: StageTimes) -> Tensor:
+    def _forward(self, pieces: list[SequenceChunk], depth: int, times: StageTimes, partial: Partial) -> Tensor:
         """One pass over the tokens of `pieces`; returns the logits wanted of them, [rows, vocabulary] float32.
 
         All integers are made on the host first, and go to the device in one copy.
@@ -308,6 +314,8 @@ class PrefillModel(Layers):
             inputs |= deep_batch.integers("deep_")
         inputs = to_device(inputs, self.device)
         batch.ready(inputs, self.rope)
+        if deep_batch is not None:
+            deep_batch.ready(inputs, self.rope, "deep_")
 
         hidden = self.embed(inputs["token_ids"], batch)
         selecting = list(selections(pieces))
@@ -315,7 +323,11 @@ class PrefillModel(Layers):
             if layer in scoring_layers(depth):
                 for selection, start, rows in selecting:
                     selection.keep_queries(layer, hidden[rows], start)
-            hidden = self.add_visual(layer, self.layer(layer, hidden, batch), batch)
+            if truncated and layer in partial:
+                parts = (inputs["shallow_slots"], inputs["deep"], deep_batch)
+                hidden = self.partial_layer(layer, partial[layer], hidden, batch, *parts)
+            else:
+                hidden = self.add_visual(layer, self.layer(layer, hidden, batch), batch)
         for selection, start, rows in selecting:
             selection.keep_hidden(hidden[rows], start)
         times.end("truncated_prefill")
@@ -329,7 +341,6 @@ class PrefillModel(Layers):
             times.end("projection")
             if deep_batch is None:
                 return torch.empty(0, spec.vocab_size, device=self.device)
-            deep_batch.ready(inputs, self.rope, "deep_")
             hidden, batch = hidden[inputs["deep"]], deep_batch
         for layer in range(depth, spec.num_layers):
             hidden = self.layer(layer, hidden, batch)
