@@ -245,8 +245,11 @@ Calibration = Annotated[Path | None, typer.Option(help="File of `pop tune` or `p
 Depths = Annotated[
     list[str], typer.Option("--prefill-depth", help="Layers (12) or their share (0.7); may be given several times.")
 ]
-Boundary = Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")]
+Boundary = Annotated[int, typer.Option(help="Last prompt tokens that run through all layers; 0: none.")]
 Anchor = Annotated[int, typer.Option(help="First tokens that run through all layers.")]
+Paper = Annotated[
+    bool, typer.Option("--paper", help="POP as the paper has it: own weights, one boundary token, no anchor.")
+]
 DeepTokens = Annotated[float, typer.Option(min=0, max=1, help=DEEP_TOKENS)]
 Prompts = Annotated[int, typer.Option(min=1, help="Prompts, evenly spread over the data.")]
 Continuation = Annotated[int, typer.Option(min=1, help="Tokens after each prompt; of chats at most.")]
