@@ -12,6 +12,7 @@ import torch
 from helpers import make_chat_folder, pop
 
 import pop_ext
+from pop_ext.analysis import importance
 from pop_ext.cli.common import with_options
 from pop_ext.runtime import device
 from pop_ext.runtime.prefill_depth import parse_depth
@@ -93,6 +94,44 @@ def test_options_reach_the_model(folder, monkeypatch):
         "prefill_depth": 0.5, "boundary_tokens": 3, "anchor_tokens": 0, "max_cache_tokens": 640, "dtype": torch.float32,
         "calibration": None, "device": "auto", "deep_tokens": 0.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "evaluate", "importance", "verify"])
+def test_paper(folder, tmp_path, monkeypatch, command):
+    """Own weights, one boundary token, no anchor; options that say otherwise are refused by name, others are not."""
+    text, stop, seen = tmp_path / "t.txt", RuntimeError("enough"), {}
+    text.write_text("A line of text. " * 1300)
+    options = {
+        "generate": ("--prompt", "a", "--prefill-depth", 2),
+        "evaluate": ("--text", text),
+        "importance": ("--text", text),
+        "verify": ("--prefill-depth", 2),
+    }.get(command, ())
+
+    def load(*arguments, **settings):
+        seen.update(settings)
+        raise stop
+
+    monkeypatch.setattr(pop_ext, "load", load)
+    monkeypatch.setattr(importance, "summarise", load)
+    names = {"boundary_tokens": 1, "anchor_tokens": 0}
+    if command != "importance":
+        names |= {"deep_tokens": 0.0, "calibration": None}
+    for more in ((), ("--anchor-tokens", 0, "--boundary-tokens", 1)):
+        if more and command not in ("generate", "evaluate", "importance"):
+            continue
+        seen.clear()
+        assert "enough" in pop(command, folder, *options, "--paper", *more).stderr
+        assert {name: seen.get(name, "nothing") for name in names} == names
+    conflicts = {"--anchor-tokens": "1", "--boundary-tokens": "0", "--deep-tokens": "0.5", "--calibration": str(text)}
+    known = pop(command, "-h").stdout
+    for option, value in conflicts.items():
+        if option in known:
+            seen.clear()
+            result = pop(command, folder, *options, "--paper", option, value)
+            assert result.exit_code and not seen and result.stderr.count("\n") == 1
+            shown = "[0.5]" if (command, option) == ("evaluate", "--deep-tokens") else value
+            assert f"{option} is {shown}, expected " in result.stderr and "with --paper" in result.stderr
 
 
 def test_sampling(folder):

@@ -32,6 +32,7 @@ for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")  # a console that cannot show a character shows a replacement
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+PAPER: dict[str, Any] = {"boundary_tokens": 1, "anchor_tokens": 0, "deep_tokens": 0.0, "calibration": None}
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -142,6 +143,22 @@ def load_model(model: str, dtype: DType, *, device: DeviceName = DeviceName.auto
     if loaded.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer: text cannot be turned into tokens")
     return loaded
+
+
+def settings_of(ctx: typer.Context, paper: bool, **given) -> dict:
+    """Settings of `pop_ext.load` from options of their names; with --paper the paper's. ValueError for an option that
+    was typed and says otherwise.
+    """
+    if not paper:
+        return given
+    for name, value in given.items():
+        source, wanted = ctx.get_parameter_source(name), PAPER[name]
+        if source is not None and source.name == "COMMANDLINE" and value not in (wanted, [wanted]):
+            raise ValueError(
+                f"{name} is {value}, expected {'none' if wanted is None else wanted} with --paper: own weights, one "
+                "boundary token, no anchor"
+            )
+    return PAPER
 
 
 def load_encoder(model: str, any_model: bool = False):

@@ -19,6 +19,7 @@ from .common import (
     DType,
     Json,
     Model,
+    Paper,
     Plot,
     Prompts,
     Seed,
@@ -32,6 +33,7 @@ from .common import (
     load_model,
     one_line_errors,
     progress_bar,
+    settings_of,
 )
 
 
@@ -53,6 +55,7 @@ class Method(str, Enum):
 @app.command()
 @one_line_errors()
 def evaluate(
+    ctx: typer.Context,
     model: Model,
     text: Text = None,
     chats: Chats = None,
@@ -84,6 +87,7 @@ def evaluate(
     deep_tokens: Annotated[
         list[float], typer.Option(min=0, max=1, help=f"{DEEP_TOKENS} May be given several times.")
     ] = [0.0],  # noqa: B006
+    paper: Paper = False,
     seed: Seed = 0,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
     device: Device = DeviceName.auto,
@@ -95,6 +99,10 @@ def evaluate(
     Own weights and, with --calibration, calibrated projections. --baselines adds the last layers removed from both
     stages, ShortGPT's and Gromov's choice of layers removed from both, and SPEED without its training.
     """
+    stages = settings_of(
+        ctx, paper, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, calibration=calibration,
+        deep_tokens=deep_tokens,
+    )  # fmt: skip
     check_outputs(plot=plot)
     data = expected_data(text, chats)
     methods = methods_of(method, baselines, calibration)
@@ -105,8 +113,7 @@ def evaluate(
     sizes = [0] if chats else prompt_tokens
     cut = cutter(data, prompts, continuation_tokens, synthetic_task, seed)
     parts = None if data.has_images else [cut(encoder, size) for size in sizes]
-    stages = {"boundary_tokens": boundary_tokens, "anchor_tokens": anchor_tokens}
-    loaded = load_model(model, dtype, prefill_depth=1.0, **stages, calibration=calibration, device=device)
+    loaded = load_model(model, dtype, prefill_depth=1.0, device=device, **(stages | {"deep_tokens": 0.0}))
     from ..analysis import evaluation, workflows
 
     rows, results = [], []
