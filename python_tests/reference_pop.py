@@ -8,7 +8,8 @@ The definition is causal, so a conversation is a row of pieces of consecutive to
 
 A prompt goes truncated, except for the first `anchors` tokens of the conversation and the last `boundary` tokens of the
 turn; everything else (continuations, a sampled token that was not run yet) goes full. Attention sees whatever K and V
-the pieces left behind: each token those before it and its own, within the layer's window.
+the pieces left behind: each token those before it and its own, within the layer's window. Logits are of the hidden
+state that a token ended with, which of a truncated one is the input of layer P.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class ReferencePOP:
         self._run(token_ids[:anchor], full=True)
         self._run(token_ids[anchor:boundary], full=False)
         logits = self._run(token_ids[boundary:], full=True)
-        return logits[-1] if len(logits) else self._last[-1]  # all of the prompt was anchor
+        return logits[-1] if len(logits) else self._last[-1]  # all of the prompt was anchor, or has no boundary
 
     def decode(self, token_ids: list[int]) -> Tensor:
         """Generated (here: given) tokens, at full depth. Returns the logits [len(token_ids), V] after each."""
@@ -74,8 +75,7 @@ class ReferencePOP:
             else:
                 self._project(hidden, layer, rope, index)
         self.length += len(token_ids)
-        if full:
-            self._last = self.model.lm_head(self.model.model.norm(hidden))[0]
+        self._last = self.model.lm_head(self.model.model.norm(hidden))[0]
         return self._last if full else torch.empty(0, self.config.vocab_size)
 
     @contextmanager

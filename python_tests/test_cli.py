@@ -12,6 +12,7 @@ import torch
 from helpers import make_chat_folder, pop
 
 import pop_ext
+from pop_ext.analysis import importance
 from pop_ext.cli.common import with_options
 from pop_ext.runtime import device
 from pop_ext.runtime.prefill_depth import parse_depth
@@ -96,6 +97,44 @@ def test_options_reach_the_model(folder, monkeypatch):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "evaluate", "importance", "verify"])
+def test_paper(folder, tmp_path, monkeypatch, command):
+    """Own weights, one boundary token, no anchor; options that say otherwise are refused by name, others are not."""
+    text, stop, seen = tmp_path / "t.txt", RuntimeError("enough"), {}
+    text.write_text("A line of text. " * 1300)
+    options = {
+        "generate": ("--prompt", "a", "--prefill-depth", 2),
+        "evaluate": ("--text", text),
+        "importance": ("--text", text),
+        "verify": ("--prefill-depth", 2),
+    }.get(command, ())
+
+    def load(*arguments, **settings):
+        seen.update(settings)
+        raise stop
+
+    monkeypatch.setattr(pop_ext, "load", load)
+    monkeypatch.setattr(importance, "summarise", load)
+    names = {"boundary_tokens": 1, "anchor_tokens": 0}
+    if command != "importance":
+        names |= {"deep_tokens": 0.0, "calibration": None}
+    for more in ((), ("--anchor-tokens", 0, "--boundary-tokens", 1)):
+        if more and command not in ("generate", "evaluate", "importance"):
+            continue
+        seen.clear()
+        assert "enough" in pop(command, folder, *options, "--paper", *more).stderr
+        assert {name: seen.get(name, "nothing") for name in names} == names
+    conflicts = {"--anchor-tokens": "1", "--boundary-tokens": "0", "--deep-tokens": "0.5", "--calibration": str(text)}
+    known = pop(command, "-h").stdout
+    for option, value in conflicts.items():
+        if option in known:
+            seen.clear()
+            result = pop(command, folder, *options, "--paper", option, value)
+            assert result.exit_code and not seen and result.stderr.count("\n") == 1
+            shown = "[0.5]" if (command, option) == ("evaluate", "--deep-tokens") else value
+            assert f"{option} is {shown}, expected " in result.stderr and "with --paper" in result.stderr
+
+
 def test_sampling(folder):
     options = ("--prompt", "a", "--no-chat", "--json", "--max-new-tokens", 16, *FLOAT32)
 
@@ -118,7 +157,8 @@ def test_sampling(folder):
         (("--prompt", "a", "--prefill-depth", "many"), "--prefill-depth is 'many', expected a number of layers"),
         (("--prompt", "a", "--prefill-depth", "7"), "--prefill-depth is 7, expected 1 to 6"),
         (("--prompt", "a", "--prefill-depth", "1.5"), "--prefill-depth is 1.5, expected a share"),
-        (("--prompt", "a", "--boundary-tokens", "0"), "--boundary-tokens is 0"),
+        (("--prompt", "a", "--boundary-tokens", "-1"), "--boundary-tokens is -1"),
+        (("--prompt", "a", "--boundary-tokens", "0", "--deep-tokens", "0.5"), "--deep-tokens is 0.5, expected 0 with"),
         (("--prompt", "a", "--max-new-tokens", "0"), "--max-new-tokens"),
         (("--prompt", "a", "--temperature", "-1"), "temperature"),
         (("--prompt", "a" * 100, "--max-cache-tokens", "64"), "cache is full"),

@@ -60,7 +60,7 @@ class ReferenceSpeed(ReferencePOP):
         return mask if index < self.prefill_depth else mask[..., self.positions]
 
 
-@pytest.mark.parametrize("boundary, anchors", [(1, 1), (3, 0), (2, 4)])
+@pytest.mark.parametrize("boundary, anchors", [(1, 1), (3, 0), (2, 4), (0, 0)])
 def test_deep_tokens_only(tiny, boundary, anchors):
     """SPEED's inference against transformers' modules; the windows of some are shorter than the prompt."""
     model = pop_ext.load(tiny, dtype=torch.float32, boundary_tokens=boundary, anchor_tokens=anchors)

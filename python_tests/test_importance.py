@@ -103,7 +103,7 @@ def test_does_not_depend_on_the_batch(tiny_llama):
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("boundary, anchors", [(1, 1), (4, 0), (2, 3)])
+@pytest.mark.parametrize("boundary, anchors", [(1, 1), (4, 0), (2, 3), (0, 0), (0, 2)])
 def test_closed_prefill_gates_are_pop(name, boundary, anchors, tmp_path_factory):
     """KL by closing gates in transformers' model, and by the runner with own weights."""
     folder = tiny_folder(name, tmp_path_factory)
@@ -148,6 +148,7 @@ def test_depth_search():
     for budget, depth in ((0.05, 6), (0.25, 5), (0.6, 3), (3.0, 1), (0.0, 7)):
         found, measured = importance.suggest_depth(8, budget, curve.get)
         assert found == depth and measured.items() <= curve.items()
+    assert importance.suggest_depth(8, 0.05, lambda depth: 0.2, boundary_tokens=0)[0] == 8
     dip = {**curve, 4: 0.04}  # not monotone: 4 is within, 5 is not
     assert importance.suggest_depth(8, 0.05, dip.get)[0] == 4
 

@@ -83,8 +83,22 @@ def test_last_layer_costs_nothing(pair):
 # Truncated depth
 
 
+def test_without_a_boundary_the_last_layer_is_missed(pair):
+    """At P = L - 1 the logits after the prompt are those of the last layer's input, and all later ones the plain
+    model's; at P = L nothing is missed.
+    """
+    full = pair.model.logits(PROMPTS, CONTINUATIONS, prefill_depth=pair.layers)
+    pair.model.boundary_tokens = pair.model.anchor_tokens = 0
+    assert_logits(pair.model.logits(PROMPTS, CONTINUATIONS, prefill_depth=pair.layers), full, 1e-6)
+    found = pair.model.logits(PROMPTS, CONTINUATIONS, prefill_depth=pair.layers - 1)
+    for prompt, ours, expected in zip(PROMPTS, found, full, strict=True):
+        last = list(pair.model.hidden_states([prompt]))[-2][-1:]
+        assert normwise(ours[0], pair.model.head(last)[0]) <= BOUND and normwise(ours[1:], expected[1:]) <= BOUND
+        assert normwise(ours[0], expected[0]) > 1e-3
+
+
 @pytest.mark.parametrize("anchors", [0, 1])
-@pytest.mark.parametrize("boundary", [1, 5])
+@pytest.mark.parametrize("boundary", [0, 1, 5])
 def test_truncated_depth_is_the_reference(pair, boundary, anchors):
     pair.model.boundary_tokens, pair.model.anchor_tokens = boundary, anchors
     for depth in {1, pair.layers // 2, pair.layers - 2}:
@@ -137,7 +151,7 @@ def test_every_instruction_set(isa, llama, gemma):
 # Batches and chunks
 
 
-@pytest.mark.parametrize("boundary", [1, 5])
+@pytest.mark.parametrize("boundary", [0, 1, 5])
 @pytest.mark.parametrize("anchors", [0, 1, 3])
 def test_chunks_do_not_matter(pair, boundary, anchors):
     """Chunk edges fall before, inside and after boundary and anchor; down to one token a chunk."""

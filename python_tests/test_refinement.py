@@ -47,6 +47,12 @@ def test_divergence_and_its_gradient(tiny_llama):
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, hidden)[0], rtol=1e-4, atol=1e-6)
 
 
+def test_without_a_boundary_as_with_one_token():
+    """What predicts the first token of an answer is of no projection then."""
+    starts = torch.arange(200) // 64 * 64
+    assert torch.equal(refinement._scored(starts, 0), refinement._scored(starts, 1))
+
+
 class Stop(Exception):
     pass
 

@@ -10,7 +10,7 @@ from pairs import (
 )
 
 
-@pytest.mark.parametrize("boundary, anchors", [(1, 1), (5, 1), (1, 0), (3, 30)])
+@pytest.mark.parametrize("boundary, anchors", [(1, 1), (5, 1), (1, 0), (3, 30), (0, 0), (0, 4)])
 def test_turns(pair, boundary, anchors):
     """Three turns of three conversations, with pending tokens; turns shorter than the boundary and longer."""
     talk = Conversation(pair, 3, 2, boundary, anchors)
@@ -24,9 +24,9 @@ def test_turns(pair, boundary, anchors):
 
 
 def test_turns_with_chunks(gemma):
-    for chunk in (1, 5, 13):
+    for chunk, boundary in ((1, 4), (5, 4), (13, 4), (1, 0), (5, 0)):
         gemma.model.chunk_tokens = chunk
-        talk = Conversation(gemma, 2, 3, boundary=4)
+        talk = Conversation(gemma, 2, 3, boundary=boundary)
         talk.prompt([tokens(20, 1), tokens(11, 2)])
         talk.decode([tokens(2, 3)])
         talk.leave_pending(tokens(2, 4))

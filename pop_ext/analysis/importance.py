@@ -274,20 +274,23 @@ def gate_sums(importance: Importance) -> list[float]:
     return prefill.flip(0).cumsum(0).flip(0).tolist()
 
 
-def suggest_depth(layers: int, budget: float, kl_at: Callable[[int], float]) -> tuple[int, dict[int, float]]:
+def suggest_depth(
+    layers: int, budget: float, kl_at: Callable[[int], float], boundary_tokens: int = 1
+) -> tuple[int, dict[int, float]]:
     """The smallest depth whose KL is within `budget`, by bisection, and the KL at every depth that was measured.
 
     Bisection takes for granted that KL falls with depth; where the measured points contradict that, the depths between
-    are measured too. Depth L - 1 loses nothing.
+    are measured too. Depth L - 1 loses nothing, but without a boundary: then only L does.
     """
-    measured = {layers - 1: 0.0}
+    lossless = layers - 1 if boundary_tokens else layers
+    measured = {lossless: 0.0}
 
     def within(depth: int) -> bool:
         if depth not in measured:
             measured[depth] = kl_at(depth)
         return measured[depth] <= budget
 
-    low, high = 1, layers - 1
+    low, high = 1, lossless
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if within(middle) else (middle + 1, high)
@@ -322,9 +325,9 @@ def summarise(
         visited.append(depth)
         return truncation_kl(model, windows, prompt_tokens, depth, **stage, images=images, full=full)
 
-    suggested, measured = suggest_depth(layers, budget, kl_at)
+    suggested, measured = suggest_depth(layers, budget, kl_at, boundary_tokens)
     measured |= {depth: kl_at(depth) for depth in depths or [] if depth not in measured}
-    sums, count = gate_sums(result), result.continuation_tokens
+    sums, count = [*gate_sums(result), 0.0], result.continuation_tokens
     rows = [
         {"prefill_depth": depth, "kl": kl, "gate_sum_per_token": sums[depth] / count}
         for depth, kl in sorted(measured.items())

@@ -243,4 +243,4 @@ def suggest_depth(
         )  # fmt: skip
         return next(row.kl for row in rows if row.method == method)
 
-    return importance.suggest_depth(model.spec.num_layers, max_kl, kl_at)
+    return importance.suggest_depth(model.spec.num_layers, max_kl, kl_at, model.boundary_tokens)

@@ -15,18 +15,21 @@ from .common import (
     DType,
     Json,
     Model,
+    Paper,
     app,
     load_encoder,
     load_model,
     one_line_errors,
     output_console,
     progress_bar,
+    settings_of,
 )
 
 
 @app.command()
 @one_line_errors()
 def bench(
+    ctx: typer.Context,
     model: Model,
     prompt_tokens: Annotated[
         list[int], typer.Option(min=1, help="Tokens of each prompt; may be given several times.")
@@ -34,6 +37,7 @@ def bench(
     prefill_depth: Depths = ["1.0", "0.67"],  # noqa: B006
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after each prompt.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each, in turn.")] = 5,
+    paper: Paper = False,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
     device: Device = DeviceName.auto,
     as_json: Json = False,
@@ -52,7 +56,7 @@ def bench(
             f"prompt_tokens and decode_tokens make {longest}, expected at most the model's "
             f"{spec.max_position_embeddings}"
         )
-    loaded = load_model(model, dtype, max_cache_tokens=longest, device=device)
+    loaded = load_model(model, dtype, max_cache_tokens=longest, device=device, **settings_of(ctx, paper))
     from ..analysis import speed
 
     machine = speed.processor_name(loaded)

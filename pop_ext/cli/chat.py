@@ -12,11 +12,13 @@ from .common import (
     DeviceName,
     DType,
     Model,
+    Paper,
     Plan,
     app,
     expect_template,
     load_model,
     one_line_errors,
+    settings_of,
     stderr,
 )
 from .generate import describe_depth, sampling_settings
@@ -43,6 +45,7 @@ def describe(model, times) -> str:
 @app.command()
 @one_line_errors()
 def chat(
+    ctx: typer.Context,
     model: Model,
     prefill_depth: Annotated[
         str | None,
@@ -52,6 +55,7 @@ def chat(
     ] = None,
     calibration: Calibration = None,
     prefill_plan: Plan = None,
+    paper: Paper = False,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
@@ -64,9 +68,9 @@ def chat(
     After each answer a line on standard error says how many layers the prompt ran through, and how long it took.
     """
     depth = None if prefill_depth is None else parse_depth(prefill_depth)
+    stages = settings_of(ctx, paper, calibration=calibration, prefill_plan=prefill_plan)
     expect_template(model)
-    settings = {"prefill_depth": depth, "prefill_plan": prefill_plan, "calibration": calibration}
-    loaded = load_model(model, dtype, **settings, device=device)
+    loaded = load_model(model, dtype, prefill_depth=depth, **stages, device=device)
     import transformers
 
     if sys.stdin.isatty():

@@ -32,6 +32,13 @@ for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")  # a console that cannot show a character shows a replacement
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+PAPER: dict[str, Any] = {
+    "boundary_tokens": 1,
+    "anchor_tokens": 0,
+    "deep_tokens": 0.0,
+    "calibration": None,
+    "prefill_plan": None,
+}
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -144,6 +151,22 @@ def load_model(model: str, dtype: DType, *, device: DeviceName = DeviceName.auto
     return loaded
 
 
+def settings_of(ctx: typer.Context, paper: bool, **given) -> dict:
+    """Settings of `pop_ext.load` from options of their names; with --paper the paper's. ValueError for an option that
+    was typed and says otherwise.
+    """
+    if not paper:
+        return given
+    for name, value in given.items():
+        source, wanted = ctx.get_parameter_source(name), PAPER[name]
+        if source is not None and source.name == "COMMANDLINE" and value not in (wanted, [wanted]):
+            raise ValueError(
+                f"{name} is {value}, expected {'none' if wanted is None else wanted} with --paper: own weights, one "
+                "boundary token, no anchor"
+            )
+    return PAPER
+
+
 def load_encoder(model: str, any_model: bool = False):
     """The model's tokenizer and spec: what says, before any weights are loaded, whether depths and data will do."""
     with stderr.status(f"reading {model}"):
@@ -249,8 +272,11 @@ Plan = Annotated[
 Depths = Annotated[
     list[str], typer.Option("--prefill-depth", help="Layers (12) or their share (0.7); may be given several times.")
 ]
-Boundary = Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")]
+Boundary = Annotated[int, typer.Option(help="Last prompt tokens that run through all layers; 0: none.")]
 Anchor = Annotated[int, typer.Option(help="First tokens that run through all layers.")]
+Paper = Annotated[
+    bool, typer.Option("--paper", help="POP as the paper has it: own weights, one boundary token, no anchor.")
+]
 DeepTokens = Annotated[float, typer.Option(min=0, max=1, help=DEEP_TOKENS)]
 Prompts = Annotated[int, typer.Option(min=1, help="Prompts, evenly spread over the data.")]
 Continuation = Annotated[int, typer.Option(min=1, help="Tokens after each prompt; of chats at most.")]

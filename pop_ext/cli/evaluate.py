@@ -19,6 +19,7 @@ from .common import (
     DType,
     Json,
     Model,
+    Paper,
     Plan,
     Plot,
     Prompts,
@@ -33,6 +34,7 @@ from .common import (
     load_model,
     one_line_errors,
     progress_bar,
+    settings_of,
 )
 
 
@@ -54,6 +56,7 @@ class Method(str, Enum):
 @app.command()
 @one_line_errors()
 def evaluate(
+    ctx: typer.Context,
     model: Model,
     text: Text = None,
     chats: Chats = None,
@@ -86,6 +89,7 @@ def evaluate(
     deep_tokens: Annotated[
         list[float], typer.Option(min=0, max=1, help=f"{DEEP_TOKENS} May be given several times.")
     ] = [0.0],  # noqa: B006
+    paper: Paper = False,
     seed: Seed = 0,
     dtype: Annotated[DType, typer.Option(help="Data type of weights and cache.")] = DType.bfloat16,
     device: Device = DeviceName.auto,
@@ -97,6 +101,10 @@ def evaluate(
     Own weights and, with --calibration, calibrated projections. --baselines adds the last layers removed from both
     stages, ShortGPT's and Gromov's choice of layers removed from both, and SPEED without its training.
     """
+    stages = settings_of(
+        ctx, paper, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, calibration=calibration,
+        deep_tokens=deep_tokens, prefill_plan=prefill_plan,
+    )  # fmt: skip
     check_outputs(plot=plot)
     data = expected_data(text, chats)
     methods = methods_of(method, baselines, calibration)
@@ -108,8 +116,9 @@ def evaluate(
     sizes = [0] if chats else prompt_tokens
     cut = cutter(data, prompts, continuation_tokens, synthetic_task, seed)
     parts = None if data.has_images else [cut(encoder, size) for size in sizes]
-    stages = {"boundary_tokens": boundary_tokens, "anchor_tokens": anchor_tokens}
-    loaded = load_model(model, dtype, prefill_depth=1.0, **stages, calibration=calibration, device=device)
+    loaded = load_model(
+        model, dtype, prefill_depth=1.0, device=device, **(stages | {"deep_tokens": 0.0, "prefill_plan": None})
+    )
     from ..analysis import evaluation, workflows
 
     loaded.prefill_plan = plan

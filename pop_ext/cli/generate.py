@@ -10,16 +10,20 @@ import typer
 
 from ..runtime.prefill_depth import parse_depth
 from .common import (
+    Anchor,
+    Boundary,
     Calibration,
     DeepTokens,
     Device,
     DeviceName,
     DType,
+    Paper,
     Plan,
     app,
     expect_template,
     load_model,
     one_line_errors,
+    settings_of,
     stderr,
 )  # fmt: skip
 
@@ -68,6 +72,7 @@ def describe_times(times, prompt_tokens: int) -> str:
 @app.command()
 @one_line_errors()
 def generate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a hub id.")],
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with the prompt; - is standard input.")] = None,
@@ -87,10 +92,11 @@ def generate(
             "[default: what the calibration recommends or its only depth, else 1.0]"
         ),
     ] = None,
-    boundary_tokens: Annotated[int, typer.Option(help="Last prompt tokens that run through all layers.")] = 1,
-    anchor_tokens: Annotated[int, typer.Option(help="First tokens that run through all layers.")] = 1,
+    boundary_tokens: Boundary = 1,
+    anchor_tokens: Anchor = 1,
     deep_tokens: DeepTokens = 0.0,
     prefill_plan: Plan = None,
+    paper: Paper = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.")] = None,
     top_p: Annotated[
@@ -113,6 +119,10 @@ def generate(
     The text streams to standard output; then a line of times goes to standard error.
     """
     depth = None if prefill_depth is None else parse_depth(prefill_depth)
+    stages = settings_of(
+        ctx, paper, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, deep_tokens=deep_tokens,
+        calibration=calibration, prefill_plan=prefill_plan,
+    )  # fmt: skip
     text = read_prompt(prompt, prompt_file)
     if fps is not None and not video:
         raise ValueError("--fps is the rate of a video's frames, expected it with --video")
@@ -128,9 +138,7 @@ def generate(
         videos = [read_video(path, fps) for path in video]
 
     loaded = load_model(
-        model, dtype, prefill_depth=depth, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens,
-        max_cache_tokens=max_cache_tokens, calibration=calibration, device=device, deep_tokens=deep_tokens,
-        prefill_plan=prefill_plan,
+        model, dtype, prefill_depth=depth, max_cache_tokens=max_cache_tokens, device=device, **stages
     )  # fmt: skip
     import transformers
 

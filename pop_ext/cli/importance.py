@@ -15,6 +15,7 @@ from .common import (
     DType,
     Json,
     Model,
+    Paper,
     Plot,
     Prompts,
     Seed,
@@ -28,6 +29,7 @@ from .common import (
     one_line_errors,
     output_console,
     progress_bar,
+    settings_of,
     stderr,
 )
 
@@ -35,6 +37,7 @@ from .common import (
 @app.command()
 @one_line_errors()
 def importance(
+    ctx: typer.Context,
     model: Model,
     text: Text = None,
     chats: Chats = None,
@@ -43,6 +46,7 @@ def importance(
     continuation_tokens: Continuation = 64,
     boundary_tokens: Boundary = 1,
     anchor_tokens: Anchor = 1,
+    paper: Paper = False,
     branches: Annotated[bool, typer.Option("--branches", help="A gate for each attention and each MLP.")] = False,
     draws: Annotated[int, typer.Option(min=1, help="Draws of labels for each prompt.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
@@ -60,6 +64,7 @@ def importance(
     Virtual gates, on any causal language model of transformers. The suggested depth is the smallest whose measured KL
     with the layers' own weights is within the budget; calibrated projections allow fewer layers (`pop tune`).
     """
+    stages = settings_of(ctx, paper, boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens)
     check_outputs(output, plot=plot)
     data = expected_data(text, chats)
     sizes = (prompts, prompt_tokens, continuation_tokens)
@@ -73,7 +78,8 @@ def importance(
     with progress_bar("importance:") as report:
         result, summary = gates.summarise(
             loaded, pairs.windows, [len(prompt) for prompt in pairs.prompts], images=transformers_images(loaded, pairs),
-            boundary_tokens=boundary_tokens, anchor_tokens=anchor_tokens, branches=branches, draws=draws,
+            boundary_tokens=stages["boundary_tokens"], anchor_tokens=stages["anchor_tokens"], branches=branches,
+            draws=draws,
             batch_size=batch_size, budget=budget, depths=depths, seed=seed, progress=report,
         )  # fmt: skip
     summary = {"model": str(model), "seed": seed, **summary}

@@ -15,6 +15,7 @@ from .common import (
     DType,
     Json,
     Model,
+    Paper,
     Plan,
     Seed,
     app,
@@ -22,12 +23,14 @@ from .common import (
     one_line_errors,
     output_console,
     progress_bar,
+    settings_of,
 )
 
 
 @app.command()
 @one_line_errors(status=3)
 def verify(
+    ctx: typer.Context,
     model: Model,
     prefill_depth: Annotated[
         str | None,
@@ -36,6 +39,7 @@ def verify(
     calibration: Calibration = None,
     deep_tokens: DeepTokens = 0.0,
     prefill_plan: Plan = None,
+    paper: Paper = False,
     prompts: Annotated[int, typer.Option(min=8, help="Prompts of each use.")] = 20,
     prompt_tokens: Annotated[int, typer.Option(min=128, help="Tokens of each prompt.")] = 256,
     seed: Seed = 0,
@@ -48,12 +52,11 @@ def verify(
     Checks that ship with the package compare the truncated model with the full one. Exit status 0: safe; 1: safe for
     some uses; 2: not safe; 3: it could not be checked.
     """
+    stages = settings_of(ctx, paper, calibration=calibration, deep_tokens=deep_tokens, prefill_plan=prefill_plan)
     if prefill_depth is None and calibration is None and prefill_plan is None:
         raise ValueError("prefill_depth is not given, expected layers or their share, or a calibration with one")
     depth = None if prefill_depth is None else parse_depth(prefill_depth)
-    stages = {"prefill_depth": depth, "calibration": calibration, "deep_tokens": deep_tokens}
-    stages["prefill_plan"] = prefill_plan
-    loaded = load_model(model, dtype, **stages, device=device)
+    loaded = load_model(model, dtype, prefill_depth=depth, **stages, device=device)
     from ..analysis.verification import verify
 
     with progress_bar("verifying:") as report:

@@ -32,6 +32,12 @@ class SequenceChunk:
         runs = [(self.start, low), (high, self.end)] if low < high else [(self.start, self.end)]
         return [(start, end) for start, end in runs if start < end]
 
+    def early_logits(self) -> range:
+        """The tokens that logits are wanted of though they end at the prefill depth: the last of a prompt without a
+        boundary.
+        """
+        return range(max(self.start, self.shallow_start, self.logits_start), min(self.end, self.shallow_end))
+
 
 class ForwardBatch:
     """What the layers need to know of the tokens in a forward pass: how they turn (RoPE), where they are written, what
@@ -151,16 +157,23 @@ def selections(pieces: list[SequenceChunk]) -> Iterator[tuple[Selection, int, sl
             yield piece.selection, piece.start, rows
 
 
-def deep_rows(pieces: list[SequenceChunk]) -> tuple[list[int], list[tuple[Sequence, int, int]], list[int]]:
-    """Which rows of a forward pass are deep, the runs that they make, and which of them logits are wanted of."""
-    deep, runs, wanted, offset = [], [], [], 0
+def deep_rows(
+    pieces: list[SequenceChunk],
+) -> tuple[list[int], list[tuple[Sequence, int, int]], list[int], list[int]]:
+    """Which rows of a forward pass are deep, the runs that they make, which rows have `early_logits`, and where what
+    logits are wanted of is among the deep rows followed by those.
+    """
+    deep, runs, early, wanted, offset = [], [], [], [], 0
     for piece in pieces:
         for start, end in piece.deep_runs():
             wanted += range(len(deep) + max(piece.logits_start - start, 0), len(deep) + end - start)
             deep += range(offset + start - piece.start, offset + end - piece.start)
             runs.append((piece.sequence, start, end))
+        for position in piece.early_logits():
+            wanted.append(-1 - len(early))  # until it is known how many deep rows are before it
+            early.append(offset + position - piece.start)
         offset += piece.end - piece.start
-    return deep, runs, wanted
+    return deep, runs, early, [row if row >= 0 else len(deep) - 1 - row for row in wanted]
 
 
 def previous_rows(cu_seqlens_q: Tensor) -> Tensor:

@@ -287,7 +287,7 @@ class Layers:
 
     def check_settings(self) -> None:
         """The attributes that may be set at any time."""
-        check_count("boundary_tokens", self.boundary_tokens, 1)
+        check_count("boundary_tokens", self.boundary_tokens, 0)
         check_count("anchor_tokens", self.anchor_tokens, 0)
         check_count("chunk_tokens", self.chunk_tokens, 1)
         check_share("deep_tokens", self.deep_tokens)
@@ -295,6 +295,10 @@ class Layers:
         if self.deep_tokens and self.device.type != "cpu":
             raise ValueError(
                 f"deep_tokens is {self.deep_tokens}, expected 0 on {self.device}: only the CPU chooses tokens"
+            )
+        if self.deep_tokens and not self.boundary_tokens:
+            raise ValueError(
+                f"deep_tokens is {self.deep_tokens}, expected 0 with boundary_tokens=0: no prompt token is deep"
             )
         if self.deep_tokens and self.prefix_cache:
             raise ValueError(

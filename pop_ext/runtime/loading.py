@@ -45,7 +45,9 @@ def load(
     dtype: a torch.dtype or its name: bfloat16, on the CPU also float32, on a GPU also float16. "auto" is bfloat16.
     calibration: a file of `pop tune` or `pop calibrate`, made for this model and every depth below L - 1 that is asked
         for.
-    boundary_tokens: how many of each turn's last prompt tokens run through all layers.
+    boundary_tokens: how many of each turn's last prompt tokens run through all layers. 0 is the paper's ablation: the
+        first token of an answer then comes from the last computed hidden state of the prompt's last token, through the
+        final norm and the vocabulary projection; not together with deep_tokens.
     anchor_tokens: how many of a sequence's first tokens run through all layers (attention sinks); 0 is the paper's.
     max_cache_tokens: capacity of the key/value cache over all conversations. By default on the CPU the model's context
         or 32,768, whichever is less; on a GPU 85% of the memory that the weights leave free.

@@ -80,7 +80,8 @@ class PrefillModel(Layers):
         """A turn: appends prompts[i] to sequences[i] and runs every token that is not in the cache yet.
 
         Tokens from before the prompt (the last one sampled) and the prompt's last `boundary_tokens` run at full depth,
-        as do the sequence's first `anchor_tokens`, and of the others the share `deep_tokens` (`selection`). visuals[i]
+        as do the sequence's first `anchor_tokens`, and of the others the share `deep_tokens` (`selection`). Without a
+        boundary the logits are those of the last token's hidden state at the prefill depth. visuals[i]
         are the images of prompts[i] (`Vision.encode`), with indices into the prompt. Returns the logits [B, vocabulary]
         float32 that follow the prompts, and the time of each stage. Raises before anything is changed if a prompt is
         empty or too long, or the cache too full.
@@ -254,9 +255,8 @@ class PrefillModel(Layers):
             anchors = max([anchors, *(v.end for v in sequence.visuals if v.start < self.anchor_tokens)])
         if self.features(depth) is not None:  # no token's, where the one before it is not of this turn
             anchors = max(anchors, sequence.num_cached + 1)
-        first, boundary = (
-            (end, end) if deep or self.deep_tokens == 1 else (max(length, anchors), end - self.boundary_tokens)
-        )
+        size = self.boundary_tokens or int(depth == self.spec.num_layers)  # nothing is truncated at all layers
+        first, boundary = (end, end) if deep or self.deep_tokens == 1 else (max(length, anchors), end - size)
         piece = SequenceChunk(sequence, sequence.num_cached, end, first, boundary, end - 1)
         count = int(self.deep_tokens * (boundary - first) + 0.5)
         if count > 0 and depth < self.spec.num_layers - 1:  # at the last layer's input all tokens' are exact
@@ -280,7 +280,8 @@ class PrefillModel(Layers):
         for piece, length in zip(pieces, lengths, strict=True):
             sequence, keys, piece.sequence.num_reused = piece.sequence, [], 0
             if length == 0:
-                keys = prefix_keys(sequence.token_ids, sequence.visuals, piece.shallow_end, settings)
+                shared = min(piece.shallow_end, piece.end - 1)  # the last token runs in any case
+                keys = prefix_keys(sequence.token_ids, sequence.visuals, shared, settings)
                 self.cache.shrink(sequence, 0)
                 self.cache.adopt(sequence, keys)
                 piece.start = sequence.num_reused = sequence.num_cached
@@ -299,13 +300,13 @@ class PrefillModel(Layers):
         depth = min(depth, spec.num_layers - 1)  # exact: shallow tokens need the last layer's keys and values only
         token_ids = [token for p in pieces for token in p.sequence.token_ids[p.start : p.end]]
         batch = self.batch([(p.sequence, p.start, p.end) for p in pieces])
-        deep, deep_runs, logits_rows = deep_rows(pieces)
+        deep, deep_runs, early, logits_rows = deep_rows(pieces)
         truncated = len(deep) < len(token_ids)
         deep_batch = self.batch(deep_runs) if truncated and deep_runs else None
 
         inputs = {"token_ids": torch.tensor(token_ids), "logits_rows": torch.tensor(logits_rows, dtype=torch.int64)}
         if truncated:
-            inputs["deep"] = torch.tensor(deep, dtype=torch.int64)
+            inputs["deep"], inputs["early"] = (torch.tensor(rows, dtype=torch.int64) for rows in (deep, early))
             inputs["shallow_slots"] = batch.slot_mapping.index_fill(0, inputs["deep"], -1)
             if self.features(depth) is not None:
                 inputs["previous"] = previous_rows(batch.cu_seqlens_q)
@@ -339,12 +340,16 @@ class PrefillModel(Layers):
         if truncated:
             self.project(depth, hidden, before, batch, inputs["shallow_slots"], inputs.get("previous"))
             times.end("projection")
-            if deep_batch is None:
+            if deep_batch is None and not early:
                 return torch.empty(0, spec.vocab_size, device=self.device)
-            hidden, batch = hidden[inputs["deep"]], deep_batch
-        for layer in range(depth, spec.num_layers):
+            ends, hidden = hidden[inputs["early"]], hidden[inputs["deep"]]
+            if deep_batch is not None:
+                batch = deep_batch
+        for layer in range(depth, spec.num_layers) if len(hidden) else ():
             hidden = self.layer(layer, hidden, batch)
-        logits = self.head(hidden if len(logits_rows) == len(hidden) else hidden[inputs["logits_rows"]])
+        hidden = torch.cat([hidden, ends]) if early else hidden
+        whole = len(logits_rows) == len(hidden) and not early
+        logits = self.head(hidden if whole else hidden[inputs["logits_rows"]])
         times.end("boundary")
         return logits
 

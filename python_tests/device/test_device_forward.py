@@ -30,9 +30,10 @@ def test_the_cpus_tokens(folder, depth):
     assert normwise(logits[1], logits[0]) <= 2 * bound(cpu.spec.num_layers)
 
 
-def test_chunks_and_turns(folder):
+@pytest.mark.parametrize("boundary", [3, 0])
+def test_chunks_and_turns(folder, boundary):
     """A second turn, and prompts cut into passes, have the logits of the CPU's."""
-    cpu, ours = load_both(folder, prefill_depth=2, boundary_tokens=3)
+    cpu, ours = load_both(folder, prefill_depth=2, boundary_tokens=boundary)
     first, second, more = draw_prompts(70, 33, 80)
     for model in (cpu, ours):
         model.chunk_tokens = 37

@@ -106,7 +106,7 @@ def test_greedy_tokens_are_transformers(pair):
 
 
 # boundaries that begin in an image and anchors that end in one, too
-@pytest.mark.parametrize(("boundary", "anchors"), [(1, 1), (1, 0), (3, 2), (17, 5), (9, 12), (1, 30)])
+@pytest.mark.parametrize(("boundary", "anchors"), [(1, 1), (1, 0), (3, 2), (17, 5), (9, 12), (1, 30), (0, 0)])
 def test_truncated_depth_is_the_reference(pair, boundary, anchors):
     model = pair.model
     model.boundary_tokens, model.anchor_tokens = boundary, anchors
