@@ -31,7 +31,7 @@ struct AttentionParameters {
   float softmax_scale;  // of scores, times log2(e): exponentials are powers of two
   int64_t rows;         // tokens * query_heads
   float* split_values;  // [splits, rows, head_size]: each split's sum of weight * value,
-  float2* split_stats;  // [splits, rows]: its largest score, before scaling, and sum of probabilities
+  float2* split_stats;  // [splits, rows]: its maximum and sum of probabilities, as softmax has them
   void* out;            // [rows, head_size]
 };
 
