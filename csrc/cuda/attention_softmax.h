@@ -20,10 +20,14 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
-/// The largest of what the four lanes of a row have.
+/// The largest of what the four lanes of a row have, and their sum.
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
 /// Raises a row's maximum to that of more scores, `top`. A maximum is a scaled score as rounded, so that whatever is
@@ -69,6 +73,24 @@ __device__ __forceinline__ void mask(float (&scores)[C::kRowTiles][C::kKeyTiles]
               !(spans && distance < 0 && id == ids[m][half]))
             scores[m][n][2 * half + j] = -kInfinity;
         }
+    }
+}
+
+/// The same without spans.
+template <typename C>
+__device__ __forceinline__ void mask(float (&scores)[C::kRowTiles][C::kKeyTiles][4], const AttentionParameters& p,
+                                     const Rows& rows, int row, int first_key) {
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int distance = rows.position(p, min(row + 16 * m + 8 * half, rows.end - 1)) - first_key;
+#pragma unroll
+      for (int n = 0; n < C::kKeyTiles; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          if (static_cast<unsigned>(distance - 8 * n - j) >= static_cast<unsigned>(p.window_size))
+            scores[m][n][2 * half + j] = -kInfinity;
     }
 }
 
