@@ -3,8 +3,8 @@ BIN = .venv/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE = $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 SMOLLM2 = build/models/smollm2-135m
-# One target spares time; the PTX emulator runs PTX of compute_80. A release takes what CMakeLists.txt says.
-export POP_CUDA_ARCHS ?= 80-virtual
+# Few targets spare time; the PTX emulator runs PTX of compute_80 and of sm_90a. A release takes what CMakeLists.txt says.
+export POP_CUDA_ARCHS ?= 80-virtual,90a-virtual
 SANITIZE_TESTS ?= python_tests/test_ops.py python_tests/test_ops_hostile.py
 
 .PHONY: demo test test-wheel bench bench-peers bench-kernels vlm-synthetic lint format sanitize sanitize-emulator cutlass

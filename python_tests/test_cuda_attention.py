@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import op_cases
 import pytest
 import reference_ops
+import torch
 from cuda_cases import DTYPES, EVERY_ORDER, HEAD_SIZES, assert_elements, check_launches, cuda  # noqa: F401  fixtures
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import BATCH, Draw, attention_inputs, check_attention, properties
+
+import pop_ext.ops
 
 
 @DTYPES
@@ -93,3 +101,19 @@ def test_attention_elements(dtype, head_size, order):
     y, expected = op_cases.ops.attention(*a.values()), reference_ops.attention(**a)
     # the sum of p |v|
     assert_elements(y, expected, reference_ops.attention(**{**a, "value_cache": a["value_cache"].abs()}), c=2)
+
+
+@pytest.mark.parametrize(
+    "part", ["elements or block_sizes", "groups or splits", "not (elements or block_sizes or groups or splits)"]
+)
+def test_on_sm_90a(part):
+    """The kernel that has code for sm_90a alone, in a process whose device is one."""
+    if torch.cuda.is_available() or os.environ.get("PTX_EMULATOR_SM"):
+        pytest.skip("the device is another one already")
+    if "compute_90a" not in pop_ext.ops.build_info()["cuda_architectures"]:
+        pytest.skip("the library has no PTX for sm_90a")
+    file = Path(__file__).with_name("hopper_attention_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", str(file), "-k", part]
+    environment = {**os.environ, "PTX_EMULATOR_SM": "90"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "passed" in result.stdout, result.stdout[-3000:]

@@ -4,11 +4,13 @@
 // Rows of all query heads that share a key/value head are packed, token by token, so that each key is read once for all
 // of them. One kernel serves two shapes of block. Prefill: 128 rows, each warp has some of them and all keys of a tile.
 // Decode, and the boundary: 16 rows, each warp has all of them and a quarter of a tile's keys. Where blocks are fewer
-// than the device holds, they share the context out, and a second kernel merges their parts in a fixed order.
+// than the device holds, they share the context out, and a second kernel merges their parts in a fixed order. On
+// sm_90a, prefill has a kernel of its own (attention_hopper.cu), for blocks of the same rows.
 
 #include <algorithm>
 
 #include "cuda/attention_epilogue.h"
+#include "cuda/attention_hopper.h"
 #include "cuda/device.h"
 #include "pop/attention.h"
 
@@ -138,10 +140,10 @@ __global__ __launch_bounds__(C::kThreads) void attention_kernel(const __grid_con
     store_split<C>(p, rows, kv_head, warp_row, softmax);
 }
 
-constexpr int kDecodeRows = 16, kPrefillRows = 128;
+constexpr int kDecodeRows = 16, kPrefillRows = kHopperRows;
 
 struct Plan {
-  bool decode;
+  bool decode, hopper;
   int64_t blocks;  // of a key/value head, of a split
   int splits;
 };
@@ -152,14 +154,16 @@ Plan plan(const Attention& a) {
   if (a.tokens == 0 || a.sequences == 0 || a.query_heads == 0) return plan;
   const int64_t group = a.query_heads / a.key_cache.heads, queries = std::min(a.max_seqlen_q, a.tokens);
   plan.decode = queries * group <= kDecodeRows;
+  plan.hopper = !plan.decode && hopper_attention_serves(a);
   plan.blocks = plan.decode ? a.sequences : a.tokens * group / kPrefillRows + a.sequences;
 
   // Enough splits to fill the device, if they have keys enough to be worth it: the fewest whose last round of blocks
   // leaves little of it idle.
-  constexpr int kMaxSplits = 64, kMinSplitKeys = 256, kBlocksPerMultiprocessor = 2;
+  constexpr int kMaxSplits = 64, kMinSplitKeys = 256;
+  const int blocks_per_multiprocessor = plan.hopper ? 1 : 2;
   int64_t keys = a.max_seqlen_k;
   if (a.window_size > 0 && !a.spans) keys = std::min(keys, std::min<int64_t>(a.window_size, INT_MAX) + queries);
-  const int64_t slots = int64_t{current_device(kOperation).multiprocessors} * kBlocksPerMultiprocessor;
+  const int64_t slots = int64_t{current_device(kOperation).multiprocessors} * blocks_per_multiprocessor;
   const int64_t blocks = plan.blocks * a.key_cache.heads;
   const int64_t most = std::clamp<int64_t>(std::min(keys / kMinSplitKeys, ceil_div(slots, blocks)), 1, kMaxSplits);
   const auto use = [&](int64_t splits) {
@@ -182,7 +186,9 @@ void run(const Plan& plan, const Attention& a, const AttentionParameters& p, Str
   };
   static_assert(AttentionConfig<T, kHeadSize, true>::kRows == kDecodeRows &&
                 AttentionConfig<T, kHeadSize, false>::kRows == kPrefillRows);
-  if (plan.decode)
+  if (plan.hopper)
+    launch_hopper_attention(a, p, plan.blocks, stream);
+  else if (plan.decode)
     launch_blocks(AttentionConfig<T, kHeadSize, true>{});
   else
     launch_blocks(AttentionConfig<T, kHeadSize, false>{});

@@ -28,14 +28,14 @@ __device__ __forceinline__ void store_decode(const AttentionParameters& p, const
     for (int n = 0; n < C::kValueTiles; ++n)
       *reinterpret_cast<float2*>(parts + row * C::kSumStride + 8 * n + lane % 4 * 2) = {s.acc[0][n][2 * half],
                                                                                         s.acc[0][n][2 * half + 1]};
-    if (lane % 4 == 0) stats[row] = {s.row_max[0][half], s.row_sum[0][2 * half]};
+    if (lane % 4 == 0) stats[row] = {s.row_max[0][half], s.sum(0, half)};
   }
   __syncthreads();
   const int64_t split_row = blockIdx.z * p.rows;
   for (int i = threadIdx.x; i < (rows.end - rows.first) * C::kChunks; i += C::kThreads) {
     const int row = i / C::kChunks, element = i % C::kChunks * 8;
     const MergedRow merged(
-        C::kKeyWarps, p.softmax_scale, [&](int w) { return stats[w * C::kRows + row]; },
+        C::kKeyWarps, [&](int w) { return stats[w * C::kRows + row]; },
         [&](int w) { return parts + (w * C::kRows + row) * C::kSumStride + element; });
     const int64_t to = out_row(p, rows, kv_head, rows.first + row);
     if (p.splits == 1) {
@@ -49,9 +49,9 @@ __device__ __forceinline__ void store_decode(const AttentionParameters& p, const
 }
 
 /// Prefill: a warp's rows go through the queries' place, which only this warp reads, to stores of 16 bytes.
-template <typename C>
+template <typename C, typename Softmax>
 __device__ __forceinline__ void store_prefill(const AttentionParameters& p, const Rows& rows, int kv_head, int warp_row,
-                                              const OnlineSoftmax<C>& s, unsigned char* shared) {
+                                              const Softmax& s, unsigned char* shared) {
   using T = typename C::T;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = warp * C::kWarpRows;
   __syncwarp();
@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_prefill(const AttentionParameters& p, cons
   for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = s.row_sum[m][2 * half], factor = sum == 0 ? 0.0f : 1.0f / sum;  // 0: no keys
+      const float sum = s.sum(m, half), factor = sum == 0 ? 0.0f : 1.0f / sum;  // 0: no keys
 #pragma unroll
       for (int n = 0; n < C::kValueTiles; ++n) {
         const int offset = C::QueryTile::offset(first + 16 * m + 8 * half + lane / 4, 8 * n + lane % 4 * 2);
@@ -80,9 +80,9 @@ __device__ __forceinline__ void store_prefill(const AttentionParameters& p, cons
 }
 
 /// Prefill with the context shared out: a warp's sums go to the workspace.
-template <typename C>
+template <typename C, typename Softmax>
 __device__ __forceinline__ void store_split(const AttentionParameters& p, const Rows& rows, int kv_head, int warp_row,
-                                            const OnlineSoftmax<C>& s) {
+                                            const Softmax& s) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m)
@@ -95,7 +95,7 @@ __device__ __forceinline__ void store_split(const AttentionParameters& p, const 
       for (int n = 0; n < C::kValueTiles; ++n)
         *reinterpret_cast<float2*>(p.split_values + to * C::kHeadSize + 8 * n + lane % 4 * 2) = {
             s.acc[m][n][2 * half], s.acc[m][n][2 * half + 1]};
-      if (lane % 4 == 0) p.split_stats[to] = {s.row_max[m][half], s.row_sum[m][2 * half]};
+      if (lane % 4 == 0) p.split_stats[to] = {s.row_max[m][half], s.sum(m, half)};
     }
 }
 
@@ -109,7 +109,7 @@ __global__ __launch_bounds__(kCombineThreads) void combine_kernel(const __grid_c
   // Rows beyond the last sequence's, if there are any, are nobody's.
   if (row >= int64_t{p.cu_seqlens_q[p.sequences]} * p.query_heads) return;
   const MergedRow merged(
-      p.splits, p.softmax_scale, [&](int s) { return p.split_stats[s * p.rows + row]; },
+      p.splits, [&](int s) { return p.split_stats[s * p.rows + row]; },
       [&](int s) { return p.split_values + (s * p.rows + row) * kHeadSize + i % kChunks * 8; });
   reinterpret_cast<Vector*>(p.out)[i] = merged.mean<T>();
 }

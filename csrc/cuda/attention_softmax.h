@@ -20,11 +20,27 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
-/// The unnormalised probability of a score, given how far below the row's maximum it is. float16 has no exponents below
-/// -24: there the largest is 2^15, not 1, lest small ones be lost.
+/// The largest of what the four lanes of a row have, and their sum.
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+/// Raises a row's maximum to that of more scores, `top`. A maximum is a scaled score as rounded, so that whatever is
+/// relative to one is relative to the same number; float16 has no exponents below -24, and there it is 15 less: the
+/// largest probability is 2^15, not 1, lest small ones be lost. Returns what to subtract from scaled scores, and the
+/// factor of what was summed up before.
 template <typename T>
-__device__ inline float prob_of(float below_max) {
-  return exp2_approx(std::is_same_v<T, fp16> ? below_max + 15 : below_max);
+__device__ inline float raise_maximum(float& row_max, float top, float softmax_scale, float& rescale) {
+  const float before = row_max;
+  row_max = fmaxf(before, fmaf(top, softmax_scale, std::is_same_v<T, fp16> ? -15.0f : 0.0f));
+  const float base = row_max == -kInfinity ? 0.0f : row_max;
+  rescale = exp2_approx(before - base);
+  return base;
 }
 
 /// Scores of what rows do not see become -infinity. `row` and `key` are the lane's first; `spans` is the sequence's, or
@@ -60,8 +76,26 @@ __device__ __forceinline__ void mask(float (&scores)[C::kRowTiles][C::kKeyTiles]
     }
 }
 
-/// The state of a warp's rows: maxima of their scores, before scaling, and sums of probabilities and of probability
-/// times value, both relative to those maxima.
+/// The same without spans.
+template <typename C>
+__device__ __forceinline__ void mask(float (&scores)[C::kRowTiles][C::kKeyTiles][4], const AttentionParameters& p,
+                                     const Rows& rows, int row, int first_key) {
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int distance = rows.position(p, min(row + 16 * m + 8 * half, rows.end - 1)) - first_key;
+#pragma unroll
+      for (int n = 0; n < C::kKeyTiles; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          if (static_cast<unsigned>(distance - 8 * n - j) >= static_cast<unsigned>(p.window_size))
+            scores[m][n][2 * half + j] = -kInfinity;
+    }
+}
+
+/// The state of a warp's rows: maxima of their scaled scores, and sums of probabilities and of probability times value,
+/// both relative to those maxima.
 template <typename C>
 struct OnlineSoftmax {
   using T = typename C::T;
@@ -72,8 +106,9 @@ struct OnlineSoftmax {
     for (int m = 0; m < C::kRowTiles; ++m) row_max[m][0] = row_max[m][1] = -kInfinity;
   }
 
+  __device__ float sum(int m, int half) const { return row_sum[m][2 * half]; }
+
   /// Scores become probabilities in pairs, as mma's operand; what was summed up is rescaled where a maximum has grown.
-  /// The difference is taken before it is scaled, so that huge scores stay exact at the maximum.
   __device__ __forceinline__ void update(float (&scores)[C::kRowTiles][C::kKeyTiles][4], float softmax_scale,
                                          uint32_t (&probs)[C::kKeyTiles / 2][C::kRowTiles][4]) {
     bool grown = false;
@@ -86,20 +121,15 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int n = 0; n < C::kKeyTiles; ++n)
           top = fmaxf(top, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
-        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
         const float before = row_max[m][half];
-        top = fmaxf(top, before);
-        row_max[m][half] = top;
-        grown |= top != before;
-        const float base = top == -kInfinity ? 0.0f : top;
-        rescale[m][half] = exp2_approx((before - base) * softmax_scale);
+        const float base = raise_maximum<T>(row_max[m][half], quad_max(top), softmax_scale, rescale[m][half]);
+        grown |= row_max[m][half] != before;
 #pragma unroll
         for (int n = 0; n < C::kKeyTiles; ++n)
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             float& score = scores[m][n][2 * half + j];
-            score = prob_of<T>((score - base) * softmax_scale);
+            score = exp2_approx(fmaf(score, softmax_scale, -base));
           }
       }
 #pragma unroll
@@ -128,14 +158,13 @@ struct MergedRow {
 
   /// `stats(i)` is part i's maximum and sum of probabilities, `part(i)` points to its eight values.
   template <typename Stats, typename Part>
-  __device__ __forceinline__ MergedRow(int count, float softmax_scale, Stats&& stats, Part&& part)
-      : top(-kInfinity), sum(0), values{} {
+  __device__ __forceinline__ MergedRow(int count, Stats&& stats, Part&& part) : top(-kInfinity), sum(0), values{} {
 #pragma unroll
     for (int i = 0; i < count; ++i) top = fmaxf(top, stats(i).x);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       const float2 stat = stats(i);
-      const float weight = stat.x == -kInfinity ? 0.0f : exp2_approx((stat.x - top) * softmax_scale);
+      const float weight = stat.x == -kInfinity ? 0.0f : exp2_approx(stat.x - top);
       sum += weight * stat.y;
       float v[8];
       unpack(load_floats(part(i)), v);

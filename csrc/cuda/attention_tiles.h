@@ -31,7 +31,7 @@ struct AttentionParameters {
   float softmax_scale;  // of scores, times log2(e): exponentials are powers of two
   int64_t rows;         // tokens * query_heads
   float* split_values;  // [splits, rows, head_size]: each split's sum of weight * value,
-  float2* split_stats;  // [splits, rows]: its largest score, before scaling, and sum of probabilities
+  float2* split_stats;  // [splits, rows]: its maximum and sum of probabilities, as softmax has them
   void* out;            // [rows, head_size]
 };
 
@@ -160,6 +160,17 @@ __device__ __forceinline__ void load_queries(const AttentionParameters& p, const
   }
 }
 
+/// Where a key (or value) is in the cache, `head` being where its head begins. Beyond the keys [begin, end), where the
+/// table may name no block, it is where it would be if the block of the nearest of them went on.
+template <typename T>
+__device__ __forceinline__ const T* locate(const AttentionParameters& p, const int32_t* table, const Cache& cache,
+                                           const T* head, int key, int begin, int end) {
+  const int known = min(max(key, begin), end - 1);
+  int block, token;
+  p.block_size(block, token, known);
+  return head + table[block] * cache.block_stride + (token + key - known) * cache.token_stride;
+}
+
 /// Tiles of keys and values on their way through a ring of stages behind the queries, in the order in which they are
 /// used: step 2 i is tile i's keys and 2 i + 1 its values. Keys [begin, end) are all that any row of the block sees;
 /// others become zeros.
@@ -219,10 +230,7 @@ struct KeyRing {
   }
 
   __device__ __forceinline__ const T* locate(const Cache& cache, const T* head, int key) const {
-    const int known = min(max(key, begin), end - 1);  // beyond, the table may name no block
-    int block, token;
-    p.block_size(block, token, known);
-    return head + table[block] * cache.block_stride + (token + key - known) * cache.token_stride;
+    return pop::cuda::locate(p, table, cache, head, key, begin, end);
   }
 
   __device__ __forceinline__ void load(const Cache& cache, const T* head, int tile, uint32_t to) const {

@@ -58,20 +58,23 @@ inline Device current_device(const char* operation) {
 /// Every kernel that `launch` may run, in a list built before main.
 struct Kernel {
   const void* function;
+  bool sm90a;  // for that alone: see hopper.h
   const Kernel* next;
 
-  explicit Kernel(const void* f) : function(f), next(first) { first = this; }
+  Kernel(const void* f, bool sm90a) : function(f), sm90a(sm90a), next(first) { first = this; }
   static inline const Kernel* first = nullptr;
 };
-template <auto kKernel>
-inline const Kernel registered{reinterpret_cast<const void*>(kKernel)};
+template <auto kKernel, bool kSm90a>
+inline const Kernel registered{reinterpret_cast<const void*>(kKernel), kSm90a};
 
-/// Launches kKernel(parameters); a kernel that takes more than 48 KiB of shared memory opts in once per device.
+/// Launches kKernel(parameters), which is for sm_90a where they have a kSm90a; a kernel that takes more than 48 KiB of
+/// shared memory opts in once per device.
 template <auto kKernel, typename Parameters>
 void launch(const char* operation, dim3 grid, dim3 block, int shared_bytes, Stream stream,
             const Parameters& parameters) {
   static_assert(std::is_same_v<decltype(kKernel), void (*)(Parameters)>);
-  const void* const kernel = registered<kKernel>.function;
+  constexpr bool kSm90a = requires { Parameters::kSm90a; };
+  const void* const kernel = registered<kKernel, kSm90a>.function;
   if (shared_bytes > 48 * 1024) {
     static std::atomic<int> opted_in[kMaxDevices];
     int device;
