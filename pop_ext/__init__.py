@@ -17,6 +17,7 @@ _PUBLIC = {
     "DeviceMemoryError": "runtime.device",
     "Model": "runtime.generation",
     "NonFiniteError": "runtime.finite",
+    "PrefillPlan": "checkpoints.prefill_plan",
     "StageTimes": "runtime.device",
     "attach": "integrations.transformers",
     "build_info": "ops",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .analysis.workflows import calibrate, evaluate, measure_importance, suggest_depth, tune
     from .checkpoints.calibration import Calibration, CalibrationError
     from .checkpoints.files import CheckpointError
+    from .checkpoints.prefill_plan import PrefillPlan
     from .integrations.transformers import attach, detach
     from .ops import build_info, cpu_isa, cpu_isas, set_cpu_isa
     from .runtime.device import DeviceMemoryError, StageTimes

@@ -194,7 +194,7 @@ def tune(
         state = _State(result, [], key, output)
         state.save()
     variant = copy.copy(model)
-    variant.calibration = state.calibration.to(model.device)
+    variant.calibration, variant.prefill_plan = state.calibration.to(model.device), None
     visuals = held_out.visuals or [[]] * len(held_out)
     runs = evaluation.variants(variant, depths, list(METHODS), held_out.prompts, visuals)
     samples = list(zip(held_out.prompts, held_out.continuations, visuals, strict=True))
