@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -15,6 +16,9 @@ from cuda_cases import DTYPES, EVERY_ORDER, assert_elements, check_launches, cud
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import BATCH, Draw, attention_inputs, check_attention, properties
+from test_cuda_runtime import captured
+
+import pop_ext.ops
 
 HEAD_SIZES = pytest.mark.parametrize("head_size", [64, 128])
 
@@ -117,6 +121,19 @@ def test_repeats_exactly(dtype, head_size):
     a = attention_inputs(Draw(2, dtype), [(40, 1100), (129, 129)], 4, 2, head_size)
     outputs = [op_cases.ops.attention(*a.values()) for _ in range(2)]
     assert torch.equal(*outputs)
+
+
+def test_capture():
+    """A captured call has its tensor maps with it, and computes from what the tensors hold when it is launched."""
+    a = attention_inputs(Draw(3, torch.bfloat16), [(40, 300)], 4, 2, 64)
+    output, replay = captured(op_cases.ops.attention, list(a.values()), {})
+    try:
+        a["query"].mul_(0.7)
+        with ptx_emulator.registered(*(t for t in (*a.values(), output) if isinstance(t, torch.Tensor))):
+            replay()
+    finally:
+        ctypes.CDLL(str(pop_ext.ops.CUDA_LIBRARY)).pop_cuda_set_emulated_stream(None)
+    assert torch.equal(output, op_cases.ops.attention(*a.values()))
 
 
 @DTYPES

@@ -14,9 +14,6 @@
 #include "cuda/hopper.h"
 
 namespace pop::cuda {
-namespace {
-
-constexpr char kOperation[] = "attention";
 
 /// In the words of AttentionConfig, for what both kernels share; warps are those that multiply.
 template <typename T_, int kHeadSize_, bool kSpans_>
@@ -34,7 +31,7 @@ struct HopperConfig {
   using KeyTile = HeadTile<kKeys, kHeadSize>;
   static constexpr int kBarriers = QueryTile::kBytes + kStages * KeyTile::kBytes;
   static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8;
-  static_assert(kRows == kHopperRows && kSharedBytes <= 227 * 1024);
+  static_assert(kGroups == 2 && kRows == kHopperRows && kSharedBytes <= 227 * 1024);
 
   static constexpr int kChunks = kHeadSize / 8, kPassRows = 32 / kChunks;
   static constexpr int kCopyRows = kGroupThreads / kChunks;  // of a tile, that a warpgroup copies at a time
@@ -49,6 +46,10 @@ struct HopperParameters {
   AttentionParameters attention;
   int box_keys, boxes;  // of a tile; 0: the cache's blocks are too small, or odd
 };
+
+namespace {
+
+constexpr char kOperation[] = "attention";
 
 /// Named barriers, beside __syncthreads's; those of a warpgroup are one each.
 enum Barrier { kQueries = 1, kCopies, kTurn, kOwn = kTurn + 2 };

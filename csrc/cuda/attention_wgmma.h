@@ -1,7 +1,7 @@
 #pragma once
 
-// wgmma as attention uses it: 64 rows of a warpgroup by 128 or 64 columns, sums as mma.m16n8 has them, [columns /
-// 8][4].
+// wgmma as attention uses it: 64 rows of a warpgroup by 128 or 64 columns. Its sums are those of mma.m16n8, 8 columns
+// after 8.
 
 #include <cstdint>
 
@@ -74,22 +74,29 @@ __device__ __forceinline__ void wgmma(float (&sums)[16][4], uint64_t a, uint64_t
 template <typename T, int kTiles>
 __device__ __forceinline__ void wgmma(float (&sums)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
   static_assert(kTiles == 16 || kTiles == 8);
-#define POP_MULTIPLY(columns, type, names, ...)                                                                  \
-  asm volatile("{ .reg .pred keeps; setp.ne.b32 keeps, 1, 0;"                                                 \
-               "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, " __VA_ARGS__ \
-               ", keeps, 1, 1, 1; }"
-#define POP_FROM "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
+#define POP_MULTIPLY(columns, type, names, from, ...)                                                                  \
+  asm volatile(                                                                                                        \
+      "{ .reg .pred keeps; setp.ne.b32 keeps, 1, 0;"                                                                   \
+      "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, " from ", keeps, 1, 1, 1; }" \
+      : __VA_ARGS__                                                                                                    \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
   if constexpr (kTiles == 16 && kBf16)
-    POP_MULTIPLY("128", "bf16", POP_NAMES64, "{%64, %65, %66, %67}, %68") : POP_SUMS64(sums) : POP_FROM);
+    POP_MULTIPLY("128", "bf16", POP_NAMES64, "{%64, %65, %66, %67}, %68", POP_SUMS64(sums));
   else if constexpr (kTiles == 16)
-    POP_MULTIPLY("128", "f16", POP_NAMES64, "{%64, %65, %66, %67}, %68") : POP_SUMS64(sums) : POP_FROM);
+    POP_MULTIPLY("128", "f16", POP_NAMES64, "{%64, %65, %66, %67}, %68", POP_SUMS64(sums));
   else if constexpr (kBf16)
-    POP_MULTIPLY("64", "bf16", POP_NAMES32, "{%32, %33, %34, %35}, %36") : POP_SUMS32(sums, 0) : POP_FROM);
+    POP_MULTIPLY("64", "bf16", POP_NAMES32, "{%32, %33, %34, %35}, %36", POP_SUMS32(sums, 0));
   else
-    POP_MULTIPLY("64", "f16", POP_NAMES32, "{%32, %33, %34, %35}, %36") : POP_SUMS32(sums, 0) : POP_FROM);
+    POP_MULTIPLY("64", "f16", POP_NAMES32, "{%32, %33, %34, %35}, %36", POP_SUMS32(sums, 0));
 #undef POP_MULTIPLY
-#undef POP_FROM
 }
+
+#undef POP_SUMS4
+#undef POP_SUMS16
+#undef POP_SUMS32
+#undef POP_SUMS64
+#undef POP_NAMES32
+#undef POP_NAMES64
 
 }  // namespace pop::cuda
