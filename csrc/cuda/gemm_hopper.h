@@ -4,7 +4,8 @@
 //
 // A block takes tile after tile. Of its three warpgroups, one thread brings both operands by TMA through a ring of
 // stages 64 deep, the next tile's while this one's sums go out; the other two have 64 tokens each and multiply
-// what has landed, straight from shared memory. Each of their warps takes its own rows to the epilogue.
+// what has landed, straight from shared memory. Each of their warps takes its own rows to the epilogue. TMA does not
+// ask weight_row: rows of the weight come as they lie or, where they are paired, row r with row r + rows / 2.
 
 #include <algorithm>
 
@@ -175,8 +176,7 @@ void launch_hopper_tiles(const char* operation, const GemmParameters<Epilogue>& 
                       .box = {Tile::kTileK, Tile::kRows, 1, 1}};
   TensorBoxes weight{
       .data = p.weight, .sizes = {k, rows, 1, 1}, .strides = {stride}, .box = {Tile::kTileK, Tile::kColumns, 1, 1}};
-  if constexpr (Epilogue::kPaired)  // eight rows, the eight that they pair with half of the weight further on, the next
-                                    // eight
+  if constexpr (Epilogue::kPaired)  // eight rows of the first half, their eight of the second, the next eight
     weight = {.data = p.weight,
               .sizes = {k, 8, 2, rows / 16},
               .strides = {stride, rows / 2 * stride, 8 * stride},
