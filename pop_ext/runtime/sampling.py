@@ -238,7 +238,8 @@ class TransformersRules(cast(Any, transformers.GenerationMixin)):
         for members in groups.values():
             group = torch.stack([logits[i] for i in members])
             if processors := rows[members[0]].processors:
-                group = processors(torch.cat([rows[i].ids for i in members]), group)
+                ids: Any = torch.cat([rows[i].ids for i in members])
+                group = processors(ids, group)
             for i, row_scores in zip(members, group, strict=True):
                 scores[i] = row_scores
         return torch.stack(scores)
