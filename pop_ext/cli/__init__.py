@@ -9,6 +9,7 @@ from . import (  # noqa: F401  registers the commands
     generate,
     importance,
     info,
+    reproduce,
     tune,
     verify,
 )
