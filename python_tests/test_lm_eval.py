@@ -63,6 +63,18 @@ def requests(pairs) -> list[Instance]:
     return [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
 
 
+def test_without_a_boundary(folder):
+    """The first token of a continuation comes from the prefill depth: it is the runner's own."""
+    bare = POP(pretrained=folder, prefill_depth="3", boundary_tokens=0, anchor_tokens=0, dtype="float32")
+    ((found, _),) = bare.loglikelihood(requests([("One context here", " a")]), disable_tqdm=True)
+    ids = [bare.tokenizer(text).input_ids for text in ("One context here", " a")]
+    model = pop_ext.load(folder, prefill_depth=3, boundary_tokens=0, anchor_tokens=0, dtype="float32")
+    log_p = model.logits([ids[0]], [ids[1]])[0].log_softmax(-1)
+    assert found == pytest.approx(float(log_p.gather(1, torch.tensor(ids[1])[:, None]).sum()), abs=1e-4)
+    model.boundary_tokens = 1
+    assert not torch.allclose(model.logits([ids[0]], [ids[1]])[0].log_softmax(-1)[0], log_p[0], atol=1e-2)
+
+
 def test_loglikelihood(model, monkeypatch):
     """Sums of log-probabilities in the order asked, and each context prefilled once."""
     pairs = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,20 +65,28 @@ class Pairs:
             progress(len(self.visuals), len(self.media))
 
 
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """What the lines of a JSON lines file hold, each with its file and line for messages. ValueError names the line
+    that is not JSON.
+    """
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):  # not what else Unicode calls a line's end
+        if not line.strip():
+            continue
+        name = f"{path}, line {number}"
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{name}: not JSON: {one_line(error)}") from error
+        yield name, found
+
+
 def read_samples(*paths: str | Path) -> list[tuple[str, dict]]:
     """The samples of JSON lines files, each with its file and line for messages; paths of images are made relative to
     their file. ValueError names the line that is wrong.
     """
     samples = []
     for path in map(Path, paths):
-        for number, line in enumerate(read_utf8(path).split("\n"), start=1):  # not what else Unicode calls a line's end
-            if not line.strip():
-                continue
-            name = f"{path}, line {number}"
-            try:
-                sample = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{name}: not JSON: {one_line(error)}") from error
+        for name, sample in read_json_lines(path):
             check_sample(name, sample)
             if "images" in sample:
                 images = [path.parent / image if isinstance(image, str) else image for image in sample["images"]]

@@ -10,6 +10,7 @@ from . import (  # noqa: F401  registers the commands
     importance,
     info,
     plan,
+    reproduce,
     tune,
     verify,
 )

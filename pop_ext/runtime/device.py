@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,6 +129,28 @@ def gib(count: float) -> str:
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """`peak_memory` counts from here."""
+    if device.type == "cpu":
+        with suppress(OSError):  # other systems than Linux
+            Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that the process, or on a GPU torch, held since `reset_peak_memory`; None where the system does
+    not tell.
+    """
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device)
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return None if found is None else 1024 * int(found[1])
 
 
 # Times
