@@ -9,7 +9,8 @@
 //   kPaired                      pairs of columns of the tile become one: columns 16 i + j and 16 i + 8 + j, j < 8,
 //   combine(first, second)       whose sums one thread holds
 //   weight_row(tile, width, r)   which row of the weight row r of a tile's `width` is; -1 for none
-//   finish<T, ...>(sums, ...)    takes finished rows of sums from shared memory to where they belong
+//   finish<T, ..., kThreads>     takes finished rows of sums from shared memory to where they belong, by so many
+//     (sums, ...)                neighbouring threads, of which thread i has threadIdx.x % kThreads == i
 
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/swizzle_layout.hpp>

@@ -32,7 +32,7 @@ struct FinishHeads {
   template <typename T, int kRows, int kColumns, int kThreads>
   __device__ void finish(const float* sums, int token0, int tokens, int tile) const {
     const int lanes = h.head_size / 16, half = h.head_size / 2;  // lanes of a head: 2, 4, 8 or 16
-    for (int unit = threadIdx.x; unit < kRows * (kColumns / 16); unit += kThreads) {
+    for (int unit = threadIdx.x % kThreads; unit < kRows * (kColumns / 16); unit += kThreads) {
       const int row = unit / (kColumns / 16), in_row = unit % (kColumns / 16), token = token0 + row;
       const int in_tile = in_row / lanes, chunk = in_row % lanes;
       const int head = tile * (kColumns / h.head_size) + in_tile;

@@ -54,7 +54,7 @@ struct Store {
 
   template <typename T, int kRows, int kColumns, int kThreads>
   __device__ void finish(const float* sums, int token0, int tokens, int tile) const {
-    for (int unit = threadIdx.x; unit < kRows * (kColumns / 8); unit += kThreads) {
+    for (int unit = threadIdx.x % kThreads; unit < kRows * (kColumns / 8); unit += kThreads) {
       const int row = unit / (kColumns / 8), chunk = unit % (kColumns / 8), token = token0 + row;
       const int64_t column = int64_t{tile} * kColumns + chunk * 8;
       if (token >= tokens || column >= columns) continue;

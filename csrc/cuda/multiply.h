@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/gemm.h"
+#include "cuda/gemm_hopper.h"
 #include "cuda/skinny_gemm.h"
 
 namespace pop::cuda {
@@ -47,7 +48,23 @@ bool prefer_large(int64_t tokens, int64_t rows, const Device& device) {
          rounds(Small::kRows, Small::kColumns, Small::kBlocks) * 36 * Small::kBlocks;
 }
 
-/// The first of the skinny shapes that holds all tokens; beyond them, tiles. With `splits` above 1, small tiles.
+/// The Hopper tiles that finish first: the narrow ones fill the device more evenly, but read more for each sum. Those
+/// of 256 columns only, where these are what a tile must hold.
+template <typename T, int kLeastColumns, typename Epilogue>
+void launch_hopper(const char* operation, const GemmParameters<Epilogue>& p, const Device& device, Stream stream) {
+  using Wide = HopperTile<256>;
+  const auto rounds = [&](int columns) {
+    return ceil_div(ceil_div(p.tokens, Wide::kRows) * ceil_div(p.rows, columns), device.multiprocessors);
+  };
+  if constexpr (kLeastColumns <= 128) {
+    if (rounds(128) * 11 < rounds(256) * 20)
+      return launch_hopper_tiles<T, HopperTile<128>>(operation, p, device.multiprocessors, stream);
+  }
+  launch_hopper_tiles<T, Wide>(operation, p, device.multiprocessors, stream);
+}
+
+/// The first of the skinny shapes that holds all tokens; beyond them, tiles: Hopper's where the
+/// device has them. With `splits` above 1, small tiles.
 template <typename T, typename Large = LargeTile, typename Small = SmallTile, typename Epilogue, typename... Shape>
 void multiply(const char* operation, SkinnyShapes<Shape...>, GemmParameters<Epilogue> p, int splits, Stream stream) {
   if (p.tokens <= kSkinnyTokens) {
@@ -61,6 +78,9 @@ void multiply(const char* operation, SkinnyShapes<Shape...>, GemmParameters<Epil
     return;
   }
   const Device device = current_device(operation);
+  if (splits == 1 && runs_sm90a(operation) && boxes_take(p.x, p.tokens, p.k, p.x_stride) &&
+      boxes_take(p.weight, p.rows, p.k, p.weight_stride))
+    return launch_hopper<T, Small::kColumns>(operation, p, device, stream);
   if (splits == 1 && prefer_large<Large, Small>(p.tokens, p.rows, device))
     launch_tiles<T, Large>(operation, p, splits, device, stream);
   else
