@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import op_cases
 import pytest
 import reference_ops
 import torch
-from cuda_cases import DTYPES, EVERY_ORDER, HEAD_SIZES, assert_elements, check_launches, cuda  # noqa: F401  fixtures
+from cuda_cases import (  # noqa: F401  fixtures
+    DTYPES,
+    EVERY_ORDER,
+    HEAD_SIZES,
+    assert_elements,
+    check_launches,
+    cuda,
+    gated_linear_elements,
+    linear_elements,
+    project_kv_elements,
+    qkv_project_elements,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import (
@@ -19,10 +34,10 @@ from op_cases import (
     check_project_kv,
     check_qkv_project,
     check_rms_norm,
-    project_inputs,
     properties,
-    qkv_inputs,
 )
+
+import pop_ext.ops
 
 # Every form of the multiplication: 8, 16, 32 and 64 tokens at most, small and large tiles
 TOKENS = [0, 1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 130, 200]
@@ -77,10 +92,7 @@ def test_linear_properties(dtype, tokens, width, depth, bias, residual, strided,
 @EVERY_ORDER
 def test_linear_elements(dtype, order):
     for tokens in (5, 40, 100, 300):
-        draw = Draw(tokens, dtype)
-        args = draw(tokens, 1024), draw.weight(264, 1024), draw(264), draw(tokens, 264)
-        y, expected = op_cases.ops.linear(*args), reference_ops.linear(*args)
-        assert_elements(y, expected, reference_ops.linear(*(a.abs() for a in args)))
+        linear_elements(dtype, tokens)
 
 
 @DTYPES
@@ -111,12 +123,7 @@ def test_gated_linear_scales(dtype, activation):
 @EVERY_ORDER
 def test_gated_linear_elements(dtype, order):
     for tokens in (5, 40, 100, 300):
-        draw = Draw(tokens, dtype)
-        x, weight = draw(tokens, 1024), draw.weight(2 * 136, 1024)
-        gate, up = reference_ops.linear(x.abs(), weight.abs()).chunk(2, dim=1)
-        for activation in ("silu", "gelu_tanh"):
-            y, expected = (f.gated_linear(x, weight, activation) for f in (op_cases.ops, reference_ops))
-            assert_elements(y, expected, gate * up)
+        gated_linear_elements(dtype, tokens)
 
 
 @DTYPES
@@ -141,34 +148,12 @@ def test_project_kv(dtype, head_size, bias, norm):
         check_project_kv(tokens, 72, layers, kv_heads, head_size, dtype, **form)
 
 
-def magnitudes(sums, size_of_sums, gains, cos, sin):
-    """Through norm and RoPE, with absolute values: [T, H, E] of a projection and of its sum over absolute values."""
-    if gains is not None:
-        size_of_sums = size_of_sums * torch.rsqrt(sums.pow(2).mean(-1, keepdim=True) + EPS) * gains.abs()
-    first, second = size_of_sums.chunk(2, dim=-1)
-    cos, sin = cos.double().abs()[:, None], sin.double().abs()[:, None]
-    return torch.cat([first * cos + second * sin, second * cos + first * sin], dim=-1)
-
-
 @DTYPES
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @EVERY_ORDER
 def test_qkv_project_elements(dtype, head_size, order):
     for tokens in (5, 40, 100):
-        a = qkv_inputs(Draw(tokens, dtype), tokens, 1024, 4, 2, head_size, 16, bias=True, norms=True)
-        caches = a["key_cache"].double(), a["value_cache"].double()
-        query = reference_ops.qkv_project(**{**a, "key_cache": caches[0], "value_cache": caches[1]})
-        y = op_cases.ops.qkv_project(*a.values())
-        x, weight, bias = a["x"], a["weight"], a["bias"]
-        sums = reference_ops.linear(x, weight, bias).unflatten(1, (-1, head_size))
-        size = reference_ops.linear(x.abs(), weight.abs(), bias.abs()).unflatten(1, (-1, head_size))
-        assert_elements(y, query, magnitudes(sums[:, :4], size[:, :4], a["q_norm"], a["cos"], a["sin"]))
-        kept, slots = a["slot_mapping"] >= 0, a["slot_mapping"][a["slot_mapping"] >= 0]
-        keys, values = (c.flatten(0, 1)[slots] for c in (a["key_cache"], a["value_cache"]))
-        expected = [c.flatten(0, 1)[slots] for c in caches]
-        size_of_keys = magnitudes(sums[:, 4:6], size[:, 4:6], a["k_norm"], a["cos"], a["sin"])
-        assert_elements(keys, expected[0], size_of_keys[kept])
-        assert_elements(values, expected[1], size[:, 6:][kept])
+        qkv_project_elements(dtype, tokens, head_size)
 
 
 @DTYPES
@@ -176,20 +161,18 @@ def test_qkv_project_elements(dtype, head_size, order):
 @EVERY_ORDER
 def test_project_kv_elements(dtype, head_size, order):
     for tokens in (5, 40, 100):
-        draw = Draw(tokens, dtype)
-        a = project_inputs(draw, tokens, 1024, 3, 2, head_size, 16, bias=True, norm=True, ropes=2)
-        caches = a["key_caches"].double(), a["value_caches"].double()
-        reference_ops.project_kv(**{**a, "key_caches": caches[0], "value_caches": caches[1]})
-        op_cases.ops.project_kv(*a.values())
-        scale = torch.rsqrt(a["hidden"].double().pow(2).mean(1, keepdim=True) + EPS)
-        kept, slots = a["slot_mapping"] >= 0, a["slot_mapping"][a["slot_mapping"] >= 0]
-        for r in range(3):
-            x, weight, bias, rope = a["hidden"].double() * scale, a["weight"][r], a["bias"][r], int(a["rope_index"][r])
-            sums = reference_ops.linear(x, weight, bias).unflatten(1, (-1, head_size))
-            size = reference_ops.linear(x.abs(), weight.abs(), bias.abs()).unflatten(1, (-1, head_size))
-            size_of_keys = magnitudes(sums[:, :2], size[:, :2], a["k_norm"][r], a["cos"][rope], a["sin"][rope])
-            for name, cache, magnitude in zip(
-                ("key_caches", "value_caches"), caches, (size_of_keys, size[:, 2:]), strict=True
-            ):
-                y, expected = (c.flatten(0, 1)[slots] for c in (a[name][r], cache[r]))
-                assert_elements(y, expected, magnitude[kept])
+        project_kv_elements(dtype, tokens, head_size)
+
+
+@pytest.mark.parametrize("part", ["linear and not gated", "gated", "qkv or kv", "not (linear or qkv or kv)"])
+def test_on_sm_90a(part):
+    """The multiplications that have code for sm_90a alone, in a process whose device is one."""
+    if torch.cuda.is_available() or os.environ.get("PTX_EMULATOR_SM"):
+        pytest.skip("the device is another one already")
+    if "compute_90a" not in pop_ext.ops.build_info()["cuda_architectures"]:
+        pytest.skip("the library has no PTX for sm_90a")
+    file = Path(__file__).with_name("hopper_gemm_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", str(file), "-k", part]
+    environment = {**os.environ, "PTX_EMULATOR_SM": "90"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "passed" in result.stdout, result.stdout[-3000:]
