@@ -112,26 +112,24 @@ def test_project_kv_elements(dtype, head_size, order):
     project_kv_elements(dtype, 140, head_size, depth=200)
 
 
-@pytest.mark.parametrize("order", ["adversarial"])
-def test_tiles_of_one_block(order, launched):
-    """More tiles than blocks, so that the ring goes on through tiles; then as many that wide ones finish first."""
-    check_linear(67 * 128 - 5, 300, 72, torch.bfloat16)
-    assert launched()["narrow"] == 1
-    check_linear(25 * 128 - 5, 2000, 72, torch.float16)
-    assert launched()["wide"] == 1
+@pytest.mark.parametrize("form", ["narrow", "wide"])
+def test_more_tiles_than_blocks(form, launched):
+    """The ring goes on through tiles. Unchecked: what checks remember of 132 blocks is gigabytes."""
+    ptx_emulator.checks()
+    tokens, width = (67 * 128 - 5, 300) if form == "narrow" else (25 * 128 - 5, 2000)
+    check_linear(tokens, width, 72, torch.bfloat16)
+    assert launched()[form] == 1
 
 
-@EVERY_ORDER
-def test_wide_linear(order, launched):
-    check_linear(1200, 1800, 328, torch.bfloat16, bias=True)
-    assert launched()["wide"] == 1
-
-
-def test_wide_tiles(launched):
-    check_gated_linear(1200, 904, 72, torch.float16, "silu")
-    check_qkv_project(1200, 72, 22, 3, 64, torch.bfloat16, bias=True, norms=True)
-    check_project_kv(1200, 72, 7, 2, 64, torch.float16, bias=True, norm=True)
-    assert launched()["wide"] == 3
+@DTYPES
+def test_wide_tiles(dtype, launched):
+    """As many tiles that wide ones finish first, of every epilogue."""
+    ptx_emulator.checks()
+    check_linear(1200, 1800, 328, dtype, bias=True)
+    check_gated_linear(1200, 904, 328, dtype, "silu")
+    check_qkv_project(1200, 72, 22, 3, 64, dtype, bias=True, norms=True)
+    check_project_kv(1200, 72, 7, 2, 64, dtype, bias=True, norm=True)
+    assert launched()["wide"] == 4
 
 
 @DTYPES
