@@ -200,7 +200,10 @@ class Found:
             verdict = f"{depth.capitalize()} is better than the plan: do not use it"
         else:
             verdict = f"No plan was found that is better than {depth}, which is as good: use that"
-        return [f"It runs {self.plan}.", f"{verdict}. {figures}"]
+        found = [f"It runs {self.plan}.", f"{verdict}. {figures}"]
+        if suffix.method == "pop_uncalibrated":
+            found.append("Both have the layers' own weights. A calibrated prefill depth may lose less: see `pop tune`.")
+        return found
 
     def to_json(self) -> dict:
         names = ("kl", "kl_ci95", "top1_agreement", "perplexity", "exact_answers")
