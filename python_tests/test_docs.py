@@ -42,7 +42,6 @@ ELSEWHERE = {
     "pop calibrate MODEL --samples": "python_tests/vision",
     "pop chat": "test_bench_and_chat.py, on a terminal",
     "pop convert": "test_gguf.py",
-    "pop plan MODEL --text FILE --budget": "test_plans.py",
     "pop plan": "test_plans.py, and other blocks have a plan.json",
     "pop calibrate MODEL --prefill-depth 15 --text FILE --refine": "test_calibrate_command.py",
 }
